@@ -1,0 +1,91 @@
+"""llama-cpp-python, checked: the one file that knows which version works and which of its symbols are not public.
+
+llama.cpp's MTP interface (``llama-ext.h``) is not part of its stable API, so the version is pinned and every symbol that
+the engine needs is looked up when the engine is imported, not in the middle of a request.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections import deque
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from tracekit.errors import EngineMissing
+
+PINNED = "0.3.36"
+_INSTALL = "pip install 'tracekit[engine]'"
+_NEEDED_EXT = ("llama_set_embeddings_nextn", "llama_get_embeddings_nextn")
+_NEEDED = ("llama_model_n_layer_nextn", "llama_memory_seq_rm", "llama_sampler_sample", "LLAMA_CONTEXT_TYPE_MTP")
+
+log = logging.getLogger("tracekit.llama_cpp")
+_recent: deque[str] = deque(maxlen=200)
+
+
+def _load():
+    try:
+        found = version("llama-cpp-python")
+    except PackageNotFoundError:
+        raise EngineMissing(f"the live engine needs llama-cpp-python {PINNED}: {_INSTALL} (builds from source, about 6 minutes on 2 cores)") from None
+    try:
+        from llama_cpp import llama_cpp, llama_cpp_ext
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:
+        raise EngineMissing(f"llama-cpp-python {found} does not load ({error}); version {PINNED} works: {_INSTALL}") from None
+    missing = [n for n in _NEEDED if not hasattr(llama_cpp, n)] + [n for n in _NEEDED_EXT if not hasattr(llama_cpp_ext, n)]
+    if missing:
+        raise EngineMissing(f"llama-cpp-python {found} lacks {', '.join(missing)}; version {PINNED} works: {_INSTALL}")
+    return llama_cpp, llama_cpp_ext, found
+
+
+llama, ext, VERSION = _load()
+
+
+@llama.llama_log_callback
+def _on_log(level: int, text: bytes, _user_data) -> None:
+    line = text.decode("utf-8", errors="replace").rstrip("\n")
+    if line:
+        _recent.append(line)
+        log.debug("%s", line)
+
+
+llama.llama_log_set(_on_log, ctypes.c_void_p(0))
+llama.llama_backend_init()
+
+
+def last_error(since: str = "") -> str:
+    """The newest line of llama.cpp's log that speaks of a failure, for an error message."""
+    for line in reversed(_recent):
+        if "error" in line.lower() or "failed" in line.lower():
+            return line.split(": ", 1)[-1].strip()
+    return since
+
+
+def build() -> str:
+    """Version of llama-cpp-python and llama.cpp's system information (instruction sets, back ends)."""
+    info = llama.llama_print_system_info().decode()
+    return f"llama-cpp-python {VERSION}; {info.strip().rstrip('|').strip()}"
+
+
+def _ggml() -> ctypes.CDLL:
+    folder = Path(llama.__file__).parent / "lib"
+    path = next((p for p in (folder / f"libggml.{s}" for s in ("so", "dylib")) if p.exists()), None)
+    return ctypes.CDLL(str(path)) if path else llama._lib
+
+
+def devices() -> list[tuple[str, str, int]]:
+    """``(name, description, total memory in bytes)`` of every device that ggml can compute on, processors last."""
+    ggml = _ggml()
+    get, name, describe = ggml.ggml_backend_dev_get, ggml.ggml_backend_dev_name, ggml.ggml_backend_dev_description
+    get.argtypes, get.restype = [ctypes.c_size_t], ctypes.c_void_p
+    ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
+    for function in (name, describe):
+        function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_char_p
+    ggml.ggml_backend_dev_memory.argtypes = [ctypes.c_void_p, ctypes.POINTER(ctypes.c_size_t), ctypes.POINTER(ctypes.c_size_t)]
+    ggml.ggml_backend_dev_memory.restype = None
+    found = []
+    for i in range(ggml.ggml_backend_dev_count()):
+        device, free, total = get(i), ctypes.c_size_t(), ctypes.c_size_t()
+        ggml.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+        found.append((name(device).decode(), describe(device).decode(), total.value))
+    return sorted(found, key=lambda d: d[0].startswith("CPU"))

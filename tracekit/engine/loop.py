@@ -1,0 +1,292 @@
+"""One step of the engine: decide, draft, verify, accept, learn.
+
+One call of :meth:`Loop.step` is one ``llama_decode`` of the target for every slot at once. A policy decides each slot's
+drafts, the drafter makes them, the target verifies them beside any prompt still being read, and each slot's sampler
+walks its rows, accepting drafts while they are what it chose itself. The text is therefore the same under every policy.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from time import perf_counter_ns
+from typing import Protocol
+
+from tracekit.engine.context import Batch, Context
+from tracekit.engine.drafter import Ask, Drafter
+from tracekit.engine.model import Model
+from tracekit.engine.probe import Probe, choices_of
+from tracekit.engine.rollback import Rollback
+from tracekit.engine.settings import Settings
+from tracekit.engine.slot import Completion, Slot
+from tracekit.errors import TracekitError
+from tracekit.policy.interface import Now, Outcome
+from tracekit.policy.rule import Policy
+from tracekit.trace.rows import RequestEnd, RequestRow, Step, Verification
+
+log = logging.getLogger("tracekit.engine")
+
+_NOT_ASKED = Ask(0, [], 0, 0.0, stop="off")
+_NO_ROOM = Ask(0, [], 0, 0.0, stop="room")
+
+
+class Observer(Protocol):
+    """Whoever wants to know what the engine did: the recorder. ``run`` is the number to put into the rows."""
+
+    run: int
+
+    def began(self, request: RequestRow) -> None: ...
+    def stepped(self, step: Step, verifications: list[Verification]) -> None: ...
+    def ended(self, request: RequestEnd) -> None: ...
+
+
+class Loop:
+    """The slots, and the step that moves them all. ``drafter`` None: nothing is ever drafted."""
+
+    def __init__(self, model: Model, target: Context, drafter: Drafter | None, rollback: Rollback, settings: Settings):
+        self.target, self.drafter, self.rollback, self.settings = target, drafter, rollback, settings
+        self.mtp = drafter is not None
+        self.observer: Observer | None = None
+        self.probe: Probe | None = None
+        self.queue: deque[Slot] = deque()
+        self.slots: list[Slot | None] = [None] * settings.n_slots
+        self._model = model
+        self._batch = Batch(settings.n_batch)
+        self._shared: dict[Policy, object] = {}  # states of policies whose scope is the engine
+        self._n_steps = self._record_us = 0
+        self._epoch_ns = 0
+
+    def step(self) -> list[Completion]:
+        """One target decode for all slots; returns the requests it finished. Does nothing without requests."""
+        began = perf_counter_ns()
+        self._admit()
+        slots = [s for s in self.slots if s is not None]
+        if not slots:
+            return []
+        generating = [s for s in slots if s.generating]
+        n_past = sum(s.n_past for s in generating)
+        asks = [ask for s in generating if (ask := self._decide(s, len(generating))) is not None]
+        decided = perf_counter_ns()
+        if asks:
+            self.drafter.draft(asks, probs=self.probe is not None)
+        drafted = perf_counter_ns()
+        n_prompt = self._fill(generating, slots)
+        filled = perf_counter_ns()
+        self.target.decode(self._batch)
+        decoded = perf_counter_ns()
+        emitted = [self._verify(s) for s in generating]
+        started = self._read_prompts(slots)
+        sampled = perf_counter_ns()
+        for slot, n in zip(generating, emitted, strict=True):
+            self._learn(slot, n, len(generating))
+        learned = perf_counter_ns()
+        for slot in started:
+            slot.first_token_ns = learned
+        if self.observer is not None:
+            self._epoch_ns = self._epoch_ns or began
+            times = self.drafter.times if asks else None
+            step = Step(
+                run=self.observer.run,
+                step=self._n_steps,
+                t_us=(began - self._epoch_ns) // 1000,
+                mtp=self.mtp,
+                n_slots=len(generating),
+                n_tokens=self._batch.n,
+                n_prompt=n_prompt,
+                n_past=n_past,
+                n_draft_decodes=times.n_decodes if times else 0,
+                n_draft_slots=len(asks),
+                n_catchup=times.n_rows if times else 0,
+                first_draft_us=times.first_us if times else 0,
+                draft_us=times.total_us if times else 0,
+                catchup_us=times.catchup_us if times else 0,
+                target_us=(decoded - filled) // 1000,
+                sample_us=(sampled - decoded) // 1000,
+                policy_us=(decided - began + learned - sampled) // 1000,
+                record_us=self._record_us,
+                wall_us=(learned - began) // 1000,
+            )
+            self._observe(step, list(zip(generating, emitted, strict=True)), started)
+        self._n_steps += 1
+        done = [self.finish(s, learned) for s in slots if s.stop]
+        self._record_us = (perf_counter_ns() - learned) // 1000
+        return done
+
+    def _admit(self) -> None:
+        for i, occupant in enumerate(self.slots):
+            if occupant is not None or not self.queue:
+                continue
+            slot = self.slots[i] = self.queue.popleft()
+            slot.index = i
+            slot.started_ns = perf_counter_ns()
+            slot.state = self._state(slot.policy)
+            self.target.remove(i, 0)
+            if self.mtp:
+                self.drafter.begin(i)
+            if self.observer is not None:
+                sampling = slot.request.sampling
+                arm = ("probe" if self.probe else slot.request.arm) if self.mtp else "no_mtp"
+                self.observer.began(
+                    RequestRow(
+                        self.observer.run, slot.number, slot.request.prompt_id, slot.request.category, arm, i,
+                        slot.n_prompt, slot.max_tokens, slot.n_ctx, sampling.temp, sampling.seed,
+                    )  # fmt: skip  # one table row
+                )
+
+    def _state(self, policy: Policy) -> object:
+        if policy.scope == "engine":
+            return self._shared.setdefault(policy, policy.rule.begin(policy.params))
+        return policy.rule.begin(policy.params)
+
+    def _decide(self, slot: Slot, n_active: int) -> Ask | None:
+        """Ask the slot's policy; an :class:`Ask` where it wants drafts and there is room for them."""
+        asked, p_min, policy = 0, 0.0, slot.policy
+        if self.probe and self.mtp:
+            asked = self.probe.n_max
+        elif self.mtp:
+            if policy.scope == "engine":
+                slot.state = self._shared[policy]
+            now = Now(slot.n_generated, slot.n_past, slot.max_tokens - slot.n_generated, n_active)
+            asked, p_min = policy.rule.decide(policy.params, slot.state, now)
+            if not 0 <= asked <= self.settings.n_max:
+                raise TracekitError(f"policy {policy} asked for {asked} drafts; the engine allows 0 to {self.settings.n_max} (--n-max)")
+        slot.n_asked = asked
+        n = min(asked, slot.room)
+        if n <= 0:
+            slot.ask = _NO_ROOM if asked else _NOT_ASKED
+            return None
+        slot.ask = Ask(slot.index, slot.tokens, n, p_min, stop="n_max" if n == asked else "room")
+        if self.probe:
+            self.probe.rewind(slot.index, self.drafter)
+        return slot.ask
+
+    def _fill(self, generating: list[Slot], slots: list[Slot]) -> int:
+        """The target's batch: every generating slot's last token and drafts, then as much of the prompts as fits; returns prompt rows."""
+        batch = self._batch
+        batch.n = 0
+        for slot in generating:
+            drafts = slot.ask.drafts
+            slot.n_rows = 1 + (self.probe.width(len(drafts)) if self.probe else len(drafts))
+            if slot.n_rows > 1:
+                self.rollback.before(slot.index, slot.n_past)
+            slot.first_row = batch.add(slot.tokens[-1], slot.n_past, slot.index, True)
+            for i in range(slot.n_rows - 1):
+                batch.add(drafts[i], slot.n_past + 1 + i, slot.index, True)
+        n_generating = batch.n
+        for slot in slots:
+            if not slot.generating:
+                chunk = slot.tokens[slot.n_past : slot.n_past + self.settings.n_batch - batch.n]
+                slot.n_rows = len(chunk)
+                slot.first_row = batch.extend(chunk, slot.n_past, slot.index, False)
+                if slot.n_past + len(chunk) == slot.n_prompt:
+                    batch.logits[batch.n - 1] = 1
+        return batch.n - n_generating
+
+    def _verify(self, slot: Slot) -> int:
+        """Sample the slot's rows, accepting drafts while they are what was sampled; returns tokens emitted."""
+        drafts, last = slot.ask.drafts, 0 if self.probe else slot.n_rows - 1
+        emitted, accepted = 0, 0
+        while True:
+            token = slot.sampler.sample(self.target, slot.first_row + emitted)
+            self._emit(slot, token)
+            right = emitted < last and token == drafts[emitted]
+            emitted += 1
+            accepted += right
+            if slot.stop or not right:
+                break
+        slot.rounds.append((slot.n_rows - 1, accepted))
+        slot.n_past += emitted
+        slot.n_redecoded = self.rollback.keep(slot.index, slot.n_past, slot.n_rows - emitted)
+        if self.mtp:
+            self.drafter.extend(slot.index, self.target.hidden(slot.first_row + emitted)[slot.first_row :])
+        return emitted
+
+    def _read_prompts(self, slots: list[Slot]) -> list[Slot]:
+        """Book the prompt rows just decoded; returns the slots whose prompt is complete, their first token chosen."""
+        started = []
+        for slot in slots:
+            if slot.generating or not slot.n_rows:
+                continue
+            end = slot.first_row + slot.n_rows
+            if self.mtp:
+                self.drafter.extend(slot.index, self.target.hidden(end)[slot.first_row :])
+            slot.n_past += slot.n_rows
+            if slot.n_past == slot.n_prompt:
+                self._emit(slot, slot.sampler.sample(self.target, end - 1))
+                started.append(slot)
+        return started
+
+    def _emit(self, slot: Slot, token: int) -> None:
+        slot.emit(token, self._model.piece(token) if slot.request.stop else b"", self._model.end_tokens)
+        if not slot.stop and len(slot.tokens) > slot.n_ctx:
+            slot.stop = "context"
+
+    def _learn(self, slot: Slot, emitted: int, n_active: int) -> None:
+        if self.probe or not self.mtp:
+            return
+        policy, (drafted, accepted) = slot.policy, slot.rounds[-1]
+        generated = slot.n_generated - emitted
+        now = Now(generated, slot.n_past - emitted, slot.max_tokens - generated, n_active)
+        slot.state = policy.rule.learn(policy.params, slot.state, now, Outcome(slot.n_asked, drafted, accepted, emitted))
+        if policy.scope == "engine":
+            self._shared[policy] = slot.state
+        if slot.n_asked == 0 and slot.asked_before > 0:
+            slot.trips += 1
+            self._log_trip(slot)
+        slot.asked_before = slot.n_asked
+
+    def _log_trip(self, slot: Slot) -> None:
+        if log.isEnabledFor(logging.INFO):
+            verified = [r for r in slot.rounds if r[0]]
+            drafted, accepted = verified[-1] if verified else (0, 0)
+            log.info(
+                "slot %d | request %d | %s: drafting off, actual draft acceptance %d/%d after %d verify batches",
+                slot.index, slot.number, slot.policy, accepted, drafted, len(verified),
+            )  # fmt: skip  # the message above, its values below
+
+    def _observe(self, step: Step, verified: list[tuple[Slot, int]], started: list[Slot]) -> None:
+        """Hand the step's rows to the observer; a probe's wait until their drafts can be judged."""
+        rows = []
+        for slot, emitted in [*verified, *((s, 1) for s in started)]:
+            prompt = slot.n_generated == 1
+            ask = _NOT_ASKED if prompt else slot.ask
+            drafted, accepted = (0, 0) if prompt else slot.rounds[-1]
+            row = Verification(
+                run=step.run,
+                request=slot.number,
+                step=step.step,
+                n_generated=slot.n_generated - emitted,
+                n_asked=0 if prompt else slot.n_asked,
+                n_proposed=len(ask.drafts),
+                n_drafted=drafted,
+                n_accepted=accepted,
+                n_matched=accepted,
+                n_redecoded=0 if prompt else slot.n_redecoded,
+                n_decodes=ask.n_decodes,
+                stop=ask.stop,
+                draft_ids=ask.drafts,
+                draft_probs=ask.probs,
+                tokens=slot.tokens[-emitted:],
+            )
+            if self.probe and self.mtp:
+                first = sum(self._batch.logits[: slot.first_row]) + 1
+                greedy = slot.request.sampling.temp == 0 and drafted
+                choices = choices_of(self.target.logits(first + drafted)[first:]) if greedy else []
+                rows += self.probe.settle(row, choices, slot.tokens[slot.n_prompt :], bool(slot.stop))
+            else:
+                rows.append(row)
+        self.observer.stepped(step, rows)
+
+    def finish(self, slot: Slot, now_ns: int) -> Completion:
+        """End ``slot``'s request: free the slot, tell the observer, return the completion."""
+        slot.ended_ns = now_ns
+        done = slot.completion(self.text(slot))
+        slot.sampler.close()
+        self.slots[slot.index] = None
+        if self.observer is not None:
+            self.observer.ended(RequestEnd(self.observer.run, slot.number, slot.n_generated, slot.stop, done.prompt_us))
+        return done
+
+    def text(self, slot: Slot) -> str:
+        """What ``slot`` has generated so far."""
+        return slot.text(b"".join(map(self._model.piece, slot.tokens[slot.n_prompt :])))

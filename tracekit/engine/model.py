@@ -1,0 +1,120 @@
+"""A GGUF file in memory: facts, vocabulary, and the handle that contexts are made from."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from tracekit.engine import lib
+from tracekit.engine.lib import llama
+from tracekit.errors import TracekitError
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a trace says about the model it came from."""
+
+    path: str
+    arch: str
+    desc: str
+    n_bytes: int
+    n_params: int
+    n_layer: int
+    n_layer_nextn: int
+    n_embd: int
+    n_vocab: int
+    n_ctx_train: int
+
+
+class Model:
+    """A loaded GGUF file. Raises :class:`TracekitError` where llama.cpp cannot load it.
+
+    ``gpu_layers``: layers on the GPU, -1 for all. ``mtp``: load the NextN blocks too.
+    """
+
+    def __init__(self, path: str | Path, gpu_layers: int = -1, mtp: bool = True):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise TracekitError(f"{path}: no such model; `tracekit model build -o {path}` writes the reference model")
+        with self.path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise TracekitError(f"{path}: not a GGUF file")
+        params = llama.llama_model_default_params()
+        params.n_gpu_layers = gpu_layers
+        params.load_mtp = mtp
+        self.handle = llama.llama_model_load_from_file(os.fsencode(self.path), params)
+        if not self.handle:
+            raise TracekitError(f"{path}: llama.cpp cannot load it ({lib.last_error('no reason given')})")
+        self.vocab = llama.llama_model_get_vocab(self.handle)
+        self._pieces: dict[int, bytes] = {}
+
+    @cached_property
+    def facts(self) -> ModelFacts:
+        """Sizes and names, as llama.cpp reports them."""
+        buffer = ctypes.create_string_buffer(256)
+        llama.llama_model_desc(self.handle, buffer, 256)
+        desc = buffer.value.decode()
+        return ModelFacts(
+            path=str(self.path),
+            arch=self.meta("general.architecture"),
+            desc=desc,
+            n_bytes=llama.llama_model_size(self.handle),
+            n_params=llama.llama_model_n_params(self.handle),
+            n_layer=llama.llama_model_n_layer(self.handle),
+            n_layer_nextn=llama.llama_model_n_layer_nextn(self.handle),
+            n_embd=llama.llama_model_n_embd_out(self.handle),
+            n_vocab=llama.llama_vocab_n_tokens(self.vocab),
+            n_ctx_train=llama.llama_model_n_ctx_train(self.handle),
+        )
+
+    def meta(self, key: str) -> str:
+        """Value of a metadata key of the file; empty where it has none."""
+        buffer = ctypes.create_string_buffer(1024)
+        size = llama.llama_model_meta_val_str(self.handle, key.encode(), buffer, 1024)
+        return buffer.value.decode(errors="replace") if size >= 0 else ""
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the whole file, computed once per process."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def tokenize(self, text: str, special: bool = False) -> list[int]:
+        """Token ids of ``text``, with the beginning-of-text token where the model wants one."""
+        raw = text.encode()
+        n = len(raw) + 16
+        ids = (llama.llama_token * n)()
+        count = llama.llama_tokenize(self.vocab, raw, len(raw), ids, n, True, special)
+        if count < 0:
+            ids = (llama.llama_token * -count)()
+            count = llama.llama_tokenize(self.vocab, raw, len(raw), ids, -count, True, special)
+        return list(ids[:count])
+
+    def piece(self, token: int) -> bytes:
+        """The bytes that ``token`` stands for; empty for control tokens."""
+        found = self._pieces.get(token)
+        if found is None:
+            buffer = ctypes.create_string_buffer(256)
+            size = llama.llama_token_to_piece(self.vocab, token, buffer, 256, 0, False)
+            found = self._pieces[token] = buffer.raw[: max(size, 0)]
+        return found
+
+    def text(self, tokens: list[int]) -> str:
+        """The text of ``tokens``."""
+        return b"".join(map(self.piece, tokens)).decode("utf-8", errors="replace")
+
+    @cached_property
+    def end_tokens(self) -> frozenset[int]:
+        """Tokens that end a generation."""
+        n = llama.llama_vocab_n_tokens(self.vocab)
+        return frozenset(t for t in range(n) if llama.llama_vocab_is_eog(self.vocab, t))
+
+    def close(self) -> None:
+        """Free the model's memory; contexts made from it must be closed before."""
+        if self.handle:
+            llama.llama_model_free(self.handle)
+            self.handle = None

@@ -1,0 +1,101 @@
+"""Recording: rows go into a queue on the generating thread and to disk, twice a second, on another.
+
+Recording never stops generation. When the disk is full or the file breaks, one message says so, and what follows is not recorded.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from tracekit.trace.rows import RequestEnd, RequestRow, RunEnd, Step, Verification
+from tracekit.trace.writer import TraceWriter
+
+log = logging.getLogger("tracekit.engine")
+
+
+class Recorder:
+    """Writes one run into a new trace file; an :class:`~tracekit.engine.loop.Observer`.
+
+    Raises :class:`~tracekit.errors.TracekitError` where the file exists and ``force`` is false. ``interval_s``: seconds between commits.
+    """
+
+    def __init__(self, path: str | Path, run: Mapping[str, Any], force: bool = False, interval_s: float = 0.5):
+        self.run = run["run"]
+        self.path = Path(path)
+        self.failed = ""
+        self._writer = TraceWriter(path, force)
+        self._writer.append_run(run)
+        self._interval_s = interval_s
+        self._began: deque[RequestRow] = deque()
+        self._steps: deque[Step] = deque()
+        self._verifications: deque[Verification] = deque()
+        self._ended: deque[RequestEnd] = deque()
+        self._first_us = self._last_us = self._record_us = self._writer_ns = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._write_until_stopped, name="tracekit-recorder", daemon=True)
+        self._thread.start()
+
+    def began(self, request: RequestRow) -> None:
+        self._began.append(request)
+
+    def stepped(self, step: Step, verifications: list[Verification]) -> None:
+        self._steps.append(step)
+        self._verifications += verifications
+        self._record_us += step.record_us
+        self._last_us = step.t_us + step.wall_us
+
+    def ended(self, request: RequestEnd) -> None:
+        self._ended.append(request)
+
+    def _write_until_stopped(self) -> None:
+        while not self._stop.wait(self._interval_s):
+            self._flush()
+
+    def _flush(self) -> None:
+        """Write what has come in."""
+        began = time.thread_time_ns()
+        ended, verifications, steps, requests = map(_drain, (self._ended, self._verifications, self._steps, self._began))
+        if not self.failed and (steps or requests or ended):
+            try:
+                self._writer.append({"requests": requests, "steps": steps, "verifications": verifications, "request_ends": ended})
+            except (duckdb.Error, OSError) as error:
+                self.failed = str(error).splitlines()[0]
+                log.error("recording into %s stopped (%s); generation goes on, what was committed is kept", self.path, self.failed)
+        self._writer_ns += time.thread_time_ns() - began
+
+    def close(self, n_checked: int = 0, n_diverged: int = 0) -> None:
+        """Write the rest and close the file; the counts are a probe's (see the table ``run_ends``)."""
+        self._stop.set()
+        self._thread.join()
+        self._flush()
+        if not self.failed:
+            end = RunEnd(self.run, self._last_us, self._record_us, self._writer_ns // 1000, n_checked, n_diverged)
+            try:
+                self._writer.append({"run_ends": [end]})
+                self._writer.close()
+            except duckdb.Error as error:
+                self.failed = str(error).splitlines()[0]
+                log.error("closing %s failed (%s); what was committed is kept", self.path, self.failed)
+
+
+def _drain(queue: deque) -> list:
+    return [queue.popleft() for _ in range(len(queue))]
+
+
+def free_path(wanted: str | None) -> Path | None:
+    """``wanted``, or the first of ``wanted-2``, ``wanted-3``, ... that does not exist: for recordings nobody watches."""
+    if not wanted:
+        return None
+    path, n = Path(wanted), 1
+    while path.exists():
+        n += 1
+        path = Path(wanted).with_stem(f"{Path(wanted).stem}-{n}")
+    return path

@@ -1,0 +1,37 @@
+"""Taking rejected drafts back out of the target's memory: the seam for memories that cannot forget single tokens."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from tracekit.engine.context import Context
+from tracekit.errors import TracekitError
+
+
+class Rollback(Protocol):
+    """How a target forgets. Snapshots and checkpoints (recurrent and hybrid models) will plug in here."""
+
+    kind: str
+
+    def before(self, seq: int, n_past: int) -> None:
+        """A verification of ``seq`` is about to be decoded, its memory holding ``n_past`` tokens."""
+
+    def keep(self, seq: int, n_past: int, rejected: int) -> int:
+        """Keep the first ``n_past`` tokens of ``seq``, forget ``rejected`` later ones; returns tokens that must be decoded again."""
+
+
+class PartialRollback:
+    """``llama_memory_seq_rm`` of the rejected tail: attention memories, nothing is ever decoded again."""
+
+    kind = "partial"
+
+    def __init__(self, context: Context):
+        self._context = context
+
+    def before(self, seq: int, n_past: int) -> None:
+        pass
+
+    def keep(self, seq: int, n_past: int, rejected: int) -> int:
+        if rejected and not self._context.remove(seq, n_past):
+            raise TracekitError("this model's memory cannot forget single tokens (recurrent or hybrid); run it with policy off")
+        return 0

@@ -1,0 +1,58 @@
+"""Every setting of the engine, in llama.cpp's names: what a trace records, and what a run can be repeated from."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tracekit.errors import TracekitError
+
+CACHE_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}  # ggml_type
+FLASH_ATTN = {"auto": -1, "off": 0, "on": 1}  # llama_flash_attn_type
+
+
+def physical_cores() -> int:
+    """Processor cores this process may use, hyper-threads counted once: llama.cpp's default number of threads."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    siblings = set()
+    for cpu in allowed:
+        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        siblings.add(path.read_text().strip() if path.is_file() else str(cpu))
+    return len(siblings)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the engine runs. ``n_ctx``: tokens per slot. ``n_max``: most drafts any policy may ask for.
+
+    ``threads`` 0: one per physical core. ``gpu_layers`` -1: all. Raises :class:`TracekitError` for values that cannot work.
+    """
+
+    n_slots: int = 1
+    n_ctx: int = 1024
+    n_batch: int = 512
+    n_ubatch: int = 512
+    threads: int = 0
+    gpu_layers: int = -1
+    cache_type_k: str = "f16"
+    cache_type_v: str = "f16"
+    flash_attn: str = "auto"
+    n_max: int = 8
+
+    def __post_init__(self):
+        for name, least in (("n_slots", 1), ("n_ctx", 8), ("n_batch", 8), ("n_ubatch", 8), ("threads", 0), ("gpu_layers", -1), ("n_max", 0)):
+            if getattr(self, name) < least:
+                raise TracekitError(f"{name} {getattr(self, name)}: {least} or more")
+        for name, known in (("cache_type_k", CACHE_TYPES), ("cache_type_v", CACHE_TYPES), ("flash_attn", FLASH_ATTN)):
+            if getattr(self, name) not in known:
+                raise TracekitError(f"{name} {getattr(self, name)}: one of {', '.join(known)}")
+        if self.n_slots * (self.n_max + 1) > self.n_batch:
+            raise TracekitError(f"n_batch {self.n_batch} cannot verify n_max {self.n_max} drafts for {self.n_slots} slots; raise n_batch or lower n_max")
+        if not self.threads:
+            object.__setattr__(self, "threads", physical_cores())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for a trace's provenance."""
+        return asdict(self)

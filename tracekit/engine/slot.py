@@ -1,0 +1,132 @@
+"""A request, the slot that serves it, and what it came to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tracekit.engine.drafter import Ask
+from tracekit.engine.sampling import Sampler, Sampling
+from tracekit.policy.rule import Policy
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate. ``prompt`` is text or token ids; generation ends at the end of text, at a ``stop`` string
+    (cut off the text), after ``max_tokens``, or with the context. ``policy`` None: the engine's. ``arm`` labels it in a trace."""
+
+    prompt: str | list[int]
+    max_tokens: int = 128
+    sampling: Sampling = Sampling()
+    stop: tuple[str, ...] = ()
+    policy: Policy | None = None
+    prompt_id: str = ""
+    category: str = ""
+    arm: str = "live"
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a request came to. Times in microseconds; ``tokens`` includes an end-of-text token."""
+
+    request: Request
+    number: int
+    text: str
+    tokens: list[int]
+    stop: str
+    n_prompt: int
+    prompt_us: int
+    generate_us: int
+    verifications: int
+    drafted: int
+    accepted: int
+    trips: int
+    rounds: list[tuple[int, int]] = field(repr=False, default_factory=list)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens after the first per second of the steps that produced them."""
+        return 1e6 * (len(self.tokens) - 1) / self.generate_us if self.generate_us else 0.0
+
+
+class Slot:
+    """One sequence being generated: its tokens, its sampler and its policy's state."""
+
+    def __init__(self, number: int, request: Request, policy: Policy, tokens: list[int], n_ctx: int):
+        self.number, self.request, self.policy = number, request, policy
+        self.index = -1  # until a slot is free
+        self.state: Any = None
+        self.n_prompt = len(tokens)
+        self.tokens = tokens
+        self.n_past = 0  # tokens in the target's memory
+        self.n_ctx = n_ctx
+        self.max_tokens = request.max_tokens
+        self.sampler = Sampler(request.sampling)
+        self.ask: Ask | None = None
+        self.n_asked = 0
+        self.first_row = self.n_rows = 0  # the slot's rows of the current target batch
+        self.n_redecoded = 0
+        self.stop = ""
+        self.rounds: list[tuple[int, int]] = []  # (drafted, accepted) of every step, plain ones included
+        self.asked_before = 0
+        self.trips = 0
+        self.started_ns = self.first_token_ns = self.ended_ns = 0
+        self._bytes = bytearray()
+        self._cut = -1
+
+    @property
+    def generating(self) -> bool:
+        """Whether the prompt is decoded and a first token chosen."""
+        return len(self.tokens) > self.n_prompt
+
+    @property
+    def n_generated(self) -> int:
+        return len(self.tokens) - self.n_prompt
+
+    @property
+    def room(self) -> int:
+        """Most drafts that still make sense: llama.cpp's ``get_n_draft_max`` (tools/server)."""
+        return max(0, min(self.n_ctx - self.n_past - 2, self.max_tokens - self.n_generated - 1))
+
+    def emit(self, token: int, piece: bytes, end_tokens: frozenset[int]) -> None:
+        """Append ``token``; sets :attr:`stop` where it ends the request."""
+        self.tokens.append(token)
+        if token in end_tokens:
+            self.stop = "eos"
+            return
+        if self.request.stop:
+            self._find_stop(piece)
+        if not self.stop and self.n_generated >= self.max_tokens:
+            self.stop = "length"
+
+    def _find_stop(self, piece: bytes) -> None:
+        seen = len(self._bytes)
+        self._bytes += piece
+        for text in self.request.stop:
+            raw = text.encode()
+            at = self._bytes.find(raw, max(0, seen - len(raw) + 1))
+            if at >= 0 and (self._cut < 0 or at < self._cut):
+                self._cut, self.stop = at, "stop"
+
+    def text(self, pieces: bytes) -> str:
+        """The visible text, given all pieces: cut before a stop string."""
+        return (pieces if self._cut < 0 else pieces[: self._cut]).decode("utf-8", errors="replace")
+
+    def completion(self, text: str) -> Completion:
+        """The finished request's record."""
+        drafting = [r for r in self.rounds if r[0]]
+        return Completion(
+            request=self.request,
+            number=self.number,
+            text=text,
+            tokens=self.tokens[self.n_prompt :],
+            stop=self.stop,
+            n_prompt=self.n_prompt,
+            prompt_us=(self.first_token_ns - self.started_ns) // 1000,
+            generate_us=(self.ended_ns - self.first_token_ns) // 1000,
+            verifications=len(drafting),
+            drafted=sum(r[0] for r in drafting),
+            accepted=sum(r[1] for r in drafting),
+            trips=self.trips,
+            rounds=self.rounds,
+        )

@@ -1,0 +1,11 @@
+"""The one exception that users see: what is wrong, where, and what to do about it, in one line."""
+
+from __future__ import annotations
+
+
+class TracekitError(Exception):
+    """A mistake in the input or the environment. The command line prints it on one line and exits with code 2."""
+
+
+class EngineMissing(TracekitError):
+    """The live engine was asked for where llama-cpp-python is not installed, or is another version."""

@@ -1,0 +1,67 @@
+"""What a tuned policy rests on: written by ``tracekit tune`` into the policy file, read by ``tracekit verify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tracekit.errors import TracekitError
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Alternative(_Strict):
+    """Another policy on the same trace: tokens per second with a 95 % interval, and whether it kept within the allowed slowdown."""
+
+    policy: str
+    tokens_per_second: float
+    tokens_per_second_low: float
+    tokens_per_second_high: float
+    speedup: float
+    safe: bool
+
+
+class Evidence(_Strict):
+    """Out-of-sample prediction for a tuned policy, and everything needed to check it.
+
+    Speeds are tokens per second of generation over all requests, predicted for requests the choice was not made on;
+    ``low`` and ``high`` are a 95 % bootstrap interval. ``worst_category_speedup`` is the lowest over prompt categories.
+    """
+
+    advice: str
+    tracekit_version: str
+    trace: str
+    trace_id: str
+    model_sha256: str
+    model_desc: str
+    device: str
+    cost_model: str
+    n_requests: int
+    n_tokens: int
+    n_policies: int
+    folds: int
+    seed: int
+    max_slowdown: float
+    tokens_per_second: float
+    tokens_per_second_low: float
+    tokens_per_second_high: float
+    speedup: float
+    speedup_low: float
+    speedup_high: float
+    worst_category: str
+    worst_category_speedup: float
+    exact_fraction: float
+    alternatives: tuple[Alternative, ...] = ()
+
+    @classmethod
+    def parse(cls, path: Path, content: dict[str, Any]) -> Evidence:
+        """The table ``[evidence]`` of the policy file ``path``; raises :class:`TracekitError` naming the wrong key."""
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise TracekitError(f"{path}: evidence.{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None

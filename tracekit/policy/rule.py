@@ -1,0 +1,195 @@
+"""Load a policy file and give it parameters: the only way in, for shipped policies and a user's own alike."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_type_hints
+
+from tracekit.errors import TracekitError
+from tracekit.policy.interface import SCOPES, Scope
+
+SHIPPED = Path(__file__).parent / "shipped"
+REQUIRED = ("Params", "State", "begin", "decide", "learn")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A policy file, loaded: its functions, the types of its parameters and its search space."""
+
+    name: str
+    path: Path
+    doc: str
+    source: str
+    Params: type
+    State: type
+    begin: Callable[[Any], Any]
+    decide: Callable[[Any, Any, Any], tuple[int, float]]
+    learn: Callable[[Any, Any, Any, Any], Any]
+    space: Mapping[str, str] = field(hash=False)
+
+    @property
+    def types(self) -> dict[str, Any]:
+        """Type of each parameter, in order: ``int``, ``float``, ``bool`` or :data:`~tracekit.policy.interface.Scope`."""
+        hints = get_type_hints(self.Params)
+        return {name: hints[name] for name in self.Params._fields}
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Default of each parameter."""
+        return dict(self.Params._field_defaults)
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the file's source: evidence about a policy is evidence about this."""
+        return hashlib.sha256(self.source.encode()).hexdigest()
+
+    def __call__(self, **params: Any) -> Policy:
+        """The rule with these parameters, the rest at their defaults. Raises :class:`TracekitError` for a wrong one."""
+        types = self.types
+        for key in params:
+            if key not in types:
+                near = difflib.get_close_matches(key, types, 1)
+                known = ", ".join(types) or "none"
+                raise TracekitError(f"policy {self.name} has no parameter {key}; {f'did you mean {near[0]}? ' if near else ''}it has: {known}")
+        return Policy(self, self.Params(**{k: convert(self.name, k, types[k], v) for k, v in params.items()}))
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A rule and its parameters: what the engine runs and the simulator replays."""
+
+    rule: Rule
+    params: Any
+
+    @property
+    def name(self) -> str:
+        return self.rule.name
+
+    @property
+    def scope(self) -> str:
+        """How long the policy's state lives: ``request`` or ``engine``."""
+        return getattr(self.params, "scope", "request")
+
+    @property
+    def label(self) -> str:
+        """The policy as one writes it on the command line, parameters at their defaults left out."""
+        head = str(self.rule.path) if self.rule.path.parent != SHIPPED else self.rule.name
+        changed = {k: v for k, v in self.params._asdict().items() if v != self.rule.defaults[k]}
+        return head + (":" + ",".join(f"{k}={_text(v)}" for k, v in changed.items()) if changed else "")
+
+    def row(self) -> list[float]:
+        """The parameters as numbers, in the order of ``Params``: what the compiled simulator takes."""
+        return [float(SCOPES.index(v)) if isinstance(v, str) else float(v) for v in self.params]
+
+    def __str__(self) -> str:
+        return self.label
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def convert(policy: str, key: str, kind: Any, value: Any) -> Any:
+    """``value`` (a string, or a value from TOML or Python) as parameter ``key`` of ``kind``; raises :class:`TracekitError`."""
+    text = str(value).strip().lower()
+    if kind is Scope:
+        if text in SCOPES:
+            return text
+        raise TracekitError(f"{policy}: {key}={value}: one of {', '.join(SCOPES)}")
+    if kind is bool:
+        if text in ("true", "1", "yes", "on"):
+            return True
+        if text in ("false", "0", "no", "off"):
+            return False
+        raise TracekitError(f"{policy}: {key}={value}: true or false")
+    try:
+        number = kind(text)
+    except ValueError:
+        raise TracekitError(f"{policy}: {key}={value}: not {'a whole number' if kind is int else 'a number'}") from None
+    if kind is int and number < 0:
+        raise TracekitError(f"{policy}: {key}={value}: 0 or more")
+    if (key == "p_min" or key.endswith("_ratio")) and not 0 <= number <= 1:
+        raise TracekitError(f"{policy}: {key}={value}: between 0 and 1")
+    if number != number or number in (float("inf"), float("-inf")):
+        raise TracekitError(f"{policy}: {key}={value}: not a finite number")
+    return number
+
+
+def shipped() -> list[Rule]:
+    """Every policy that comes with tracekit, ``off`` and ``static`` first."""
+    names = sorted((p.stem for p in SHIPPED.glob("*.py") if p.stem != "__init__"), key=lambda n: (n not in ("off", "static"), n))
+    return [rule(name) for name in names]
+
+
+def rule(name_or_path: str | Path) -> Rule:
+    """The policy called ``name_or_path``, or in that Python file. Raises :class:`TracekitError`."""
+    text = str(name_or_path)
+    if not text.endswith(".py"):
+        path = SHIPPED / f"{text}.py"
+        if not path.is_file() or text == "__init__":
+            known = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.py") if p.stem != "__init__"))
+            raise TracekitError(f"no policy {text!r}; shipped: {known}; or give a Python file (./mine.py) or a policy file (policy.toml)")
+        return _load(path, text)
+    path = Path(text)
+    if not path.is_file():
+        raise TracekitError(f"{text}: no such policy file")
+    return _load(path.resolve(), path.stem)
+
+
+@cache
+def _load(path: Path, name: str) -> Rule:
+    source = path.read_text("utf-8")
+    module = _run(path, name)
+    missing = [n for n in REQUIRED if not hasattr(module, n)]
+    if missing:
+        raise TracekitError(f"{path}: not a policy: {', '.join(missing)} missing; see `tracekit.policy.interface` for the five names")
+    if not hasattr(module.Params, "_fields"):
+        raise TracekitError(f"{path}: Params must be a typing.NamedTuple")
+    found = Rule(
+        name=name,
+        path=path,
+        doc=(module.__doc__ or "").strip(),
+        source=source,
+        Params=module.Params,
+        State=module.State,
+        begin=module.begin,
+        decide=module.decide,
+        learn=module.learn,
+        space=dict(getattr(module, "SPACE", {})),
+    )
+    for key, kind in found.types.items():
+        if kind not in (int, float, bool, Scope) or (kind is Scope) != (key == "scope"):
+            raise TracekitError(f"{path}: parameter {key} must be int, float or bool (scope: tracekit.policy.interface.Scope)")
+        if key not in found.defaults:
+            raise TracekitError(f"{path}: parameter {key} needs a default")
+    unknown = [key for key in found.space if key not in found.types]
+    if unknown:
+        raise TracekitError(f"{path}: SPACE names {unknown[0]}, which is no parameter")
+    return found
+
+
+def _run(path: Path, name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"tracekit_policy_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # a user's file may raise anything; its author needs the line, not our traceback
+        line = getattr(error, "lineno", None) or _line_in(error, path)
+        raise TracekitError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
+    return module
+
+
+def _line_in(error: BaseException, path: Path) -> int | str:
+    trace, line = error.__traceback__, "?"
+    while trace:
+        if trace.tb_frame.f_code.co_filename == str(path):
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return line

@@ -1,0 +1,23 @@
+"""Never draft: the baseline every other policy has to beat."""
+
+from typing import NamedTuple
+
+
+class Params(NamedTuple):
+    pass
+
+
+class State(NamedTuple):
+    nothing: int
+
+
+def begin(params):
+    return State(0)
+
+
+def decide(params, state, now):
+    return 0, 0.0
+
+
+def learn(params, state, now, seen):
+    return state

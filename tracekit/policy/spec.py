@@ -1,0 +1,86 @@
+"""Policies as people write them: ``fallback:n_max=8,min_ratio=0.5..0.9/0.05,static:n_max=1,2,4,off``.
+
+``name:key=value,key=value``; a comma then starts the next policy (it has no ``=``, or a ``:`` before it) or another
+value of the same key (it is a number or a truth value). ``low..high/step`` is a range, both ends included. Several
+values sweep: every combination is one policy. A name that ends in ``.py`` is a policy of one's own, in ``.toml`` a policy file.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping
+
+from tracekit.errors import TracekitError
+from tracekit.policy import file
+from tracekit.policy.rule import Policy, Rule, rule
+
+_VALUE = re.compile(r"[-+]?[\d.][\d.eE+-]*(\.\.[-+\d.eE]+/[-+\d.eE]+)?|true|false|yes|no|on", re.IGNORECASE)
+
+
+def parse(text: str) -> list[Policy]:
+    """Every policy that ``text`` names, sweeps expanded, in order. Raises :class:`TracekitError` for what it cannot read."""
+    found: list[Policy] = []
+    for name, values in _split(text):
+        found.extend([file.read(name).policy] if name.endswith(".toml") else sweep(rule(name), values))
+    if not found:
+        raise TracekitError("no policy given; try off, static:n_max=4 or fallback")
+    return found
+
+
+def parse_one(text: str) -> Policy:
+    """The one policy that ``text`` names; raises :class:`TracekitError` where it sweeps."""
+    found = parse(text)
+    if len(found) != 1:
+        raise TracekitError(f"{text}: names {len(found)} policies; one is wanted here")
+    return found[0]
+
+
+def sweep(of: Rule, values: Mapping[str, str]) -> list[Policy]:
+    """Every combination of ``values`` (lists and ranges as in :func:`expand`) for one rule."""
+    lists = [expand(of.name, key, text) for key, text in values.items()]
+    return [of(**dict(zip(values, combination, strict=True))) for combination in itertools.product(*lists)]
+
+
+def expand(policy: str, key: str, text: str) -> list[str]:
+    """``0.5..0.9/0.1`` or ``1,2,4`` as single values; raises :class:`TracekitError` for a range that goes nowhere."""
+    values: list[str] = []
+    for part in str(text).split(","):
+        if ".." not in part:
+            values.append(part)
+            continue
+        try:
+            ends, step_text = part.split("/")
+            low_text, high_text = ends.split("..")
+            low, high, step = float(low_text), float(high_text), float(step_text)
+        except ValueError:
+            raise TracekitError(f"{policy}: {key}={part}: a range is low..high/step") from None
+        if step <= 0 or high < low:
+            raise TracekitError(f"{policy}: {key}={part}: low..high/step needs high >= low and step > 0")
+        count = int((high - low) / step + 1e-9) + 1
+        values.extend(f"{low + i * step:.10g}" for i in range(count))
+    return values
+
+
+def _split(text: str) -> list[tuple[str, dict[str, str]]]:
+    policies: list[tuple[str, dict[str, str]]] = []
+    key = None
+    for part in (p.strip() for p in text.split(",")):
+        head, colon, rest = part.rpartition(":")
+        if key is not None and not colon and "=" not in part and _VALUE.fullmatch(part):
+            policies[-1][1][key] += "," + part
+            continue
+        if colon or "=" not in part:
+            name = head if colon else part
+            if not name:
+                raise TracekitError(f"{text!r}: a policy is name or name:key=value,key=value")
+            policies.append((name, {}))
+            key, part = None, rest if colon else ""
+        if part:
+            key, equals, value = (x.strip() for x in part.partition("="))
+            if not equals or not key or not value or not policies:
+                raise TracekitError(f"{text!r}: {part!r} is not key=value")
+            if key in policies[-1][1]:
+                raise TracekitError(f"{text!r}: {key} is given twice")
+            policies[-1][1][key] = value
+    return policies

@@ -1,0 +1,128 @@
+"""A trace as arrays: for every position of every request, how many drafts would have been right, and how sure that is.
+
+A probe trace knows every position. A live trace knows those where a verification began, and how many drafts were accepted; where all
+were, more might have been (right-censored); elsewhere nothing. ``known`` carries the difference into the simulator.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import polars as pl
+
+from tracekit.errors import TracekitError
+from tracekit.trace.store import TraceFile
+
+ANY = 255  # ``known`` where the number of right drafts is known whatever the draft length
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The positions of a trace, requests one after another, ready for the compiled simulator.
+
+    Request ``r`` with ``n_generated[r]`` tokens has ``n_generated[r] - 1`` positions, from ``first[r]``: at position ``g`` (1-based) ``g`` tokens
+    have been emitted and further ones may be drafted. ``match`` uint8 ``[P]``: drafts that equal what follows. ``known`` uint8 ``[P]``: the
+    draft length up to which ``match`` is exact (``ANY``: every length). ``probs`` float32 ``[P, n_max]``: draft probabilities, -1 unknown.
+    """
+
+    first: np.ndarray
+    n_generated: np.ndarray
+    n_prompt: np.ndarray
+    max_tokens: np.ndarray
+    n_ctx: np.ndarray
+    match: np.ndarray
+    known: np.ndarray
+    probs: np.ndarray
+    categories: tuple[str, ...]
+    prompt_ids: tuple[str, ...]
+    mode: str
+
+    @property
+    def n_requests(self) -> int:
+        return len(self.n_generated)
+
+    @property
+    def n_max(self) -> int:
+        """Longest draft recorded."""
+        return self.probs.shape[1]
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory the arrays take."""
+        return sum(a.nbytes for a in (self.first, self.n_generated, self.n_prompt, self.max_tokens, self.n_ctx, self.match, self.known, self.probs))
+
+    def guess(self, filled: str) -> Positions:
+        """The same positions with what is unknown filled in: ``none`` (no draft right), ``all``, or ``mean`` (as where it is known).
+
+        ``none`` and ``all`` bracket a replay that has to extrapolate; ``mean`` is its best estimate.
+        """
+        if filled == "none" or (self.known == ANY).all():
+            return self
+        match = self.match.astype(np.int64)
+        short = self.known < ANY
+        if filled == "all":
+            return replace(self, match=np.where(short, self.n_max, match).astype(np.uint8))
+        # draft j + 1 is right, given that j were, as often as at positions where that was seen; filled in without randomness,
+        # by giving every unknown position the same quantile walk
+        rng = np.random.default_rng(0)
+        for j in range(self.n_max):
+            seen = ((self.known > j) | (match > j)) & (match >= j)
+            rate = (match[seen] > j).mean() if seen.any() else 0.0
+            open_here = short & (match == j) & (self.known <= j)
+            match[open_here] += rng.random(int(open_here.sum())) < rate
+        return replace(self, match=match.astype(np.uint8))
+
+
+def positions(trace: TraceFile) -> Positions:
+    """The positions of every finished or cut-off request of ``trace`` that drafted. Raises :class:`TracekitError` where there is none."""
+    arms = "('probe', 'live')"
+    requests = trace.frame(
+        f"""SELECT run, request, category, prompt_id, n_prompt, max_tokens, n_ctx, arm,
+                   sum(len(tokens))::INT AS n_generated
+            FROM requests JOIN verifications USING (run, request)
+            WHERE arm IN {arms} GROUP BY ALL HAVING sum(n_proposed) > 0 OR arm = 'probe' ORDER BY run, request"""
+    ).filter(pl.col("n_generated") > 1)
+    if requests.is_empty():
+        raise TracekitError(f"{trace.path}: no request in it drafted anything; record with --mode probe, or live with a policy that drafts")
+    if requests["arm"].n_unique() > 1:
+        requests = requests.filter(pl.col("arm") == "probe")
+    rows = trace.frame(
+        """SELECT run, request, n_generated, n_proposed, n_drafted, n_matched, stop, draft_probs
+           FROM verifications WHERE n_generated > 0 AND len(tokens) > 0 ORDER BY run, request, n_generated"""
+    ).join(requests.select("run", "request", pl.int_range(pl.len()).alias("index")), on=["run", "request"], maintain_order="left")
+    probe = requests["arm"][0] == "probe"
+    n_generated = requests["n_generated"].to_numpy().astype(np.int64)
+    first = np.concatenate(([0], np.cumsum(n_generated - 1)))[:-1]
+    total = int((n_generated - 1).sum())
+    n_max = max(1, int(rows["n_proposed"].max() or 1))
+    where = first[rows["index"].to_numpy()] + rows["n_generated"].to_numpy().astype(np.int64) - 1
+    matched = rows["n_matched"].to_numpy().astype(np.int64)
+    tried = rows["n_proposed" if probe else "n_drafted"].to_numpy().astype(np.int64)
+    match, known = np.zeros(total, np.uint8), np.zeros(total, np.uint8)
+    match[where] = matched
+    known[where] = np.where(matched < tried, ANY, tried)
+    return Positions(
+        first=first,
+        n_generated=n_generated,
+        n_prompt=requests["n_prompt"].to_numpy().astype(np.int64),
+        max_tokens=requests["max_tokens"].to_numpy().astype(np.int64),
+        n_ctx=requests["n_ctx"].to_numpy().astype(np.int64),
+        match=match,
+        known=known,
+        probs=_probs(rows["draft_probs"], where, total, n_max),
+        categories=tuple(requests["category"]),
+        prompt_ids=tuple(requests["prompt_id"]),
+        mode="probe" if probe else "live",
+    )
+
+
+def _probs(lists: pl.Series, where: np.ndarray, total: int, n_max: int) -> np.ndarray:
+    """Ragged probability lists as a ``[total, n_max]`` array, -1 where there is none."""
+    out = np.full((total, n_max), -1.0, np.float32)
+    lengths = lists.list.len().to_numpy().astype(np.int64)
+    row = np.repeat(where, lengths)
+    column = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    keep = column < n_max
+    out[row[keep], column[keep]] = lists.explode().drop_nulls().to_numpy()[keep]
+    return out

@@ -1,0 +1,82 @@
+"""The least time any policy could have taken on a trace: a dynamic programme over positions, knowing every outcome.
+
+At each position the best draft length is chosen with hindsight. Catch-up is the only cost that remembers the past; its rows are all
+rows up to the last round that drafts, so "will draft again" and "will not" are the two states. It is priced by a line that lies
+under the measured prices, hence the result bounds every policy from below, and a regret against it from above.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+
+from tracekit.replay import kernel
+from tracekit.replay.arrays import Positions
+from tracekit.replay.costs import CostModel
+
+
+def clairvoyant_us(positions: Positions, cost: CostModel) -> np.ndarray:
+    """Least time in microseconds for each request, float64 ``[n_requests]``."""
+    n_max = positions.n_max
+    prices = cost.prices
+    width = prices[kernel.N_SCALARS : kernel.N_SCALARS + n_max + 2]
+    catchup = prices[kernel.N_SCALARS + n_max + 2 :]
+    row_us, round_us = _line_under(catchup, prices[kernel.LONG_CATCHUPS], prices[kernel.LONG_CATCHUP_ROWS])
+    idle_us = prices[kernel.STEPS] + width[1] + prices[kernel.TOKENS]
+    plain_us = min(idle_us, cost.no_mtp[kernel.STEPS] + cost.no_mtp[kernel.N_SCALARS + 1] + cost.no_mtp[kernel.TOKENS])
+    terms = np.array(
+        [
+            plain_us,
+            prices[kernel.STEPS],
+            prices[kernel.TOKENS],
+            prices[kernel.DRAFT_ROUNDS] + round_us,
+            prices[kernel.DRAFT_DECODES],
+            prices[kernel.PAST],
+            prices[kernel.PAST_WIDTH],
+            prices[kernel.PAST_DRAFT],
+            row_us,
+        ]
+    )
+    p = positions
+    out = np.zeros(p.n_requests)
+    _compiled()(p.first, p.n_generated, p.n_prompt, p.max_tokens, p.n_ctx, p.match, np.asarray(width), terms, n_max, out)
+    return out
+
+
+def _line_under(catchup: np.ndarray, long_us: float, long_row_us: float) -> tuple[float, float]:
+    """Slope and intercept of a line that is at most the price of every catch-up size, and equal to it for one row."""
+    rows = np.arange(len(catchup))
+    slopes = (catchup[2:] - catchup[1]) / (rows[2:] - 1)
+    beyond = len(catchup)
+    slope = max(0.0, min(*slopes, long_row_us, (long_us + long_row_us * beyond - catchup[1]) / (beyond - 1)))
+    return slope, catchup[1] - slope
+
+
+def solve(first, n_generated, n_prompt, max_tokens, n_ctx, match, width, terms, n_max, out):
+    """The programme itself, compiled on first use; see :func:`clairvoyant_us`."""
+    plain_us, step_us, token_us, round_us, decode_us, past_us, past_width_us, past_draft_us, row_us = terms
+    for r in range(len(first)):
+        n = n_generated[r]
+        never = np.zeros(n + 1)
+        again = np.full(n + 1, np.inf)
+        for g in range(n - 1, 0, -1):
+            past = n_prompt[r] + g - 1
+            plain = plain_us + past * (past_us + past_width_us)
+            never[g] = plain + never[g + 1]
+            best = plain + row_us + again[g + 1]
+            right = match[first[r] + g - 1]
+            for k in range(1, min(n_max, n_ctx[r] - past - 2, max_tokens[r] - g - 1) + 1):
+                emitted = min(min(k, right) + 1, n - g)
+                time = step_us + round_us + width[k + 1] + decode_us * k + token_us * emitted
+                time += past * (past_us + past_width_us * (k + 1) + past_draft_us * k)
+                best = min(best, time + min(never[g + emitted], row_us * emitted + again[g + emitted]))
+            again[g] = best
+        out[r] = min(never[1], row_us * (n_prompt[r] + 1) + again[1])
+
+
+@cache
+def _compiled():
+    from numba import njit
+
+    return njit(solve, cache=True)

@@ -1,0 +1,151 @@
+"""The simulator: walks every request of a trace under a policy, one verification after another, and counts.
+
+As it stands this module simulates ``off``: :mod:`tracekit.replay.link` puts another policy's source in the place of the line that imports
+it, and compiles the result with Numba (or does not: the interpreted twin). A walk counts what happened rather
+than adding up time, so its counts are exact and any cost model can price them afterwards.
+
+Counts of one request, int64 ``[n_counts(n_max)]``: the scalars named below, then a histogram of target batch widths (0 .. ``n_max + 1``),
+then one of rows in the first MTP decode of a round (0 .. ``n_max + 1``; longer ones are in LONG_CATCHUPS and LONG_CATCHUP_ROWS).
+"""
+
+import numpy as np
+
+from tracekit.policy.interface import Now, Outcome
+from tracekit.policy.shipped.off import Params, begin, decide, learn  # the policy
+
+STEPS = 0  # target decodes after the prompt
+VERIFICATIONS = 1  # of these, with drafts
+DRAFTED = 2
+ACCEPTED = 3
+TOKENS = 4  # emitted by these steps
+DRAFT_ROUNDS = 5  # steps in which the drafter ran
+DRAFT_DECODES = 6  # of the MTP context
+TRIPS = 7  # times the policy went from drafting to not drafting
+INEXACT = 8  # steps whose outcome the trace does not determine
+PAST = 9  # tokens in memory, summed over steps
+PAST_WIDTH = 10  # the same times the batch width
+PAST_DRAFT = 11  # tokens in memory times MTP decodes
+LONG_CATCHUPS = 12
+LONG_CATCHUP_ROWS = 13
+N_SCALARS = 14
+
+
+def n_counts(n_max):
+    """Length of the counts for drafts of up to ``n_max`` tokens."""
+    return N_SCALARS + 2 * (n_max + 2)
+
+
+def params_of(row):
+    """The policy's parameters from their numbers, float64 ``[n_params]``."""
+    return Params()
+
+
+def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, known, probs, counts):
+    """One request under one policy; fills ``counts`` (zeroed) and returns the policy's state.
+
+    ``first`` is the request's first position in ``match``, ``known`` and ``probs`` (:class:`tracekit.replay.arrays.Positions`).
+    The rules are the engine's (:mod:`tracekit.engine.loop`): room, ``p_min``, acceptance, rows to catch up.
+    """
+    n_max = probs.shape[1]
+    width_at = N_SCALARS
+    catchup_at = N_SCALARS + n_max + 2
+    generated = 1
+    behind = n_prompt + 1  # rows the MTP context has not seen, the last token's included
+    asked_before = 0
+    steps = verifications = all_drafted = all_accepted = rounds = all_decodes = trips = inexact = 0
+    all_past = past_width = past_draft = long_catchups = long_rows = 0
+    while generated < n_generated:
+        past = n_prompt + generated - 1
+        left = max_tokens - generated
+        now = Now(generated, past, left, 1)
+        asked, p_min = decide(params, state, now)
+        n = min(asked, min(n_ctx - past - 2, left - 1))
+        drafted = 0
+        accepted = 0
+        if n > 0:
+            position = first + generated - 1
+            if n > n_max:
+                n = n_max
+                inexact += 1
+            drafted = n
+            decodes = n
+            if p_min > 0.0:
+                drafted = 0
+                blind = 0
+                while drafted < n and (probs[position, drafted] >= p_min or probs[position, drafted] < 0.0):
+                    blind |= probs[position, drafted] < 0.0
+                    drafted += 1
+                decodes = min(drafted + 1, n)
+                inexact += blind and drafted <= known[position]
+            accepted = min(drafted, int(match[position]))
+            inexact += drafted > known[position]
+            rounds += 1
+            all_decodes += decodes
+            past_draft += past * decodes
+            if behind < n_max + 2:
+                counts[catchup_at + behind] += 1
+            else:
+                long_catchups += 1
+                long_rows += behind
+            behind = 0
+            verifications += drafted > 0
+            all_drafted += drafted
+            all_accepted += accepted
+        elif asked == 0 and asked_before > 0:
+            trips += 1
+        asked_before = asked
+        emitted = min(accepted + 1, n_generated - generated)
+        steps += 1
+        counts[width_at + drafted + 1] += 1
+        all_past += past
+        past_width += past * (drafted + 1)
+        state = learn(params, state, now, Outcome(asked, drafted, accepted, emitted))
+        generated += emitted
+        behind += emitted
+    counts[STEPS] = steps
+    counts[VERIFICATIONS] = verifications
+    counts[DRAFTED] = all_drafted
+    counts[ACCEPTED] = all_accepted
+    counts[TOKENS] = n_generated - 1
+    counts[DRAFT_ROUNDS] = rounds
+    counts[DRAFT_DECODES] = all_decodes
+    counts[TRIPS] = trips
+    counts[INEXACT] = inexact
+    counts[PAST] = all_past
+    counts[PAST_WIDTH] = past_width
+    counts[PAST_DRAFT] = past_draft
+    counts[LONG_CATCHUPS] = long_catchups
+    counts[LONG_CATCHUP_ROWS] = long_rows
+    return state
+
+
+def price(counts, cost):
+    """Time in microseconds that ``counts`` take under ``cost`` (float64, one price per count)."""
+    total = 0.0
+    for i in range(len(counts)):
+        total += counts[i] * cost[i]
+    return total
+
+
+def walk_all(rows, shared, arrays, cost, out, detail):
+    """Every request under every policy.
+
+    ``rows`` float64 ``[n_policies, n_params]``; ``shared`` bool ``[n_policies]``: the state outlives its requests. ``arrays``: the eight of
+    :class:`~tracekit.replay.arrays.Positions`, in order. ``out`` float64 ``[n_policies, n_requests, N_SCALARS + 1]`` gets the scalar counts and,
+    last, the time in microseconds. ``detail`` int64 ``[n_policies, n_requests, n_counts]`` gets all counts, or is empty.
+    """
+    first, n_generated, n_prompt, max_tokens, n_ctx, match, known, probs = arrays
+    counts = np.zeros(len(cost), np.int64)
+    for k in range(len(rows)):
+        params = params_of(rows[k])
+        state = begin(params)
+        for r in range(len(first)):
+            if not shared[k]:
+                state = begin(params)
+            counts[:] = 0
+            state = walk(params, state, first[r], n_generated[r], n_prompt[r], max_tokens[r], n_ctx[r], match, known, probs, counts)
+            for i in range(N_SCALARS):
+                out[k, r, i] = counts[i]
+            out[k, r, N_SCALARS] = price(counts, cost)
+            if detail.size:
+                detail[k, r] = counts

@@ -1,0 +1,173 @@
+"""What every policy would have done on a trace: counts, predicted speed with its interval, and regret."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import polars as pl
+
+from tracekit.policy.rule import Policy, rule
+from tracekit.replay import kernel
+from tracekit.replay.arrays import Positions, positions
+from tracekit.replay.clairvoyant import clairvoyant_us
+from tracekit.replay.costs import CostModel, fit
+from tracekit.replay.simulate import counts
+from tracekit.trace.store import TraceFile
+
+_LEVELS = (0.025, 0.975)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class League:
+    """A trace made ready: positions, costs, the bootstrap draws, and the three references every policy is held against.
+
+    ``cost`` may come from another trace than the positions (*what if this workload ran there?*).
+    """
+
+    def __init__(self, trace: TraceFile, cost: CostModel | None = None, seed: int = 0):
+        self.trace = trace
+        self.positions = positions(trace)
+        self.cost = cost or fit(trace, self.positions.n_max)
+        rng = np.random.default_rng(seed)
+        n = self.positions.n_requests
+        self._draws = rng.multinomial(n, np.full(n, 1 / n), len(self.cost.boot))  # [n_boot, n_requests]
+        self.tokens = (self.positions.n_generated - 1).astype(float)
+        self._off = counts([rule("off")()], self.positions)[0]
+        self.clairvoyant_us = clairvoyant_us(self.positions, self.cost)
+
+    @property
+    def no_mtp_us(self) -> np.ndarray:
+        """Predicted time of each request without MTP, microseconds."""
+        return self._off @ self.cost.no_mtp
+
+    def no_mtp_speed(self) -> Interval:
+        """Tokens per second without MTP."""
+        return self._speed(self._off, self.cost.no_mtp, self.cost.boot_no_mtp)
+
+    def static_policies(self) -> list[Policy]:
+        """``static`` at every recorded draft length."""
+        return [rule("static")(n_max=n) for n in range(1, self.positions.n_max + 1)]
+
+    def table(self, policies: Sequence[Policy]) -> pl.DataFrame:
+        """One row per policy, in order; speeds in tokens per second of generation, with 95 % intervals.
+
+        ``speedup`` is against no MTP. ``exact_fraction``: share of steps whose outcome the trace determines; where it is below 1 the interval spans
+        what lies between no and every unknown draft being right. ``regret_ratio``: time lost against the clairvoyant optimum, over its time.
+        """
+        known = counts(policies, self.positions)
+        guesses = {fill: counts(policies, self.positions.guess(fill)) for fill in self._guesses(known)}
+        return pl.DataFrame([self._row(p, i, known, guesses) for i, p in enumerate(policies)])
+
+    @staticmethod
+    def _guesses(known: np.ndarray) -> tuple[str, ...]:
+        return ("mean", "all") if known[:, :, kernel.INEXACT].any() else ()
+
+    def _row(self, policy: Policy, i: int, known: np.ndarray, guesses: dict[str, np.ndarray]) -> dict:
+        inexact = known[i, :, kernel.INEXACT].any()
+        best = guesses["mean"][i] if inexact else known[i]
+        speed, gain = self.speed(best), self.gain(best)
+        if inexact:
+            bounds = [self.speed(x) for x in (known[i], guesses["all"][i])]
+            gains = [self.gain(x) for x in (known[i], guesses["all"][i])]
+            speed = Interval(speed.value, min(b.low for b in bounds), max(b.high for b in bounds))
+            gain = Interval(gain.value, min(g.low for g in gains), max(g.high for g in gains))
+        total = best.sum(0)
+        steps, drafted, accepted = (int(total[c]) for c in (kernel.STEPS, kernel.DRAFTED, kernel.ACCEPTED))
+        verifications = int(total[kernel.VERIFICATIONS])
+        tokens = self.tokens.sum()
+        return {
+            "policy": policy.label,
+            "tokens_per_second": speed.value,
+            "tokens_per_second_low": speed.low,
+            "tokens_per_second_high": speed.high,
+            "speedup": gain.value,
+            "speedup_low": gain.low,
+            "speedup_high": gain.high,
+            "verifications": verifications,
+            "drafted": drafted,
+            "accepted": accepted,
+            "acceptance_ratio": accepted / drafted if drafted else None,
+            "tau": 1 + accepted / verifications if verifications else None,
+            "amplification": (steps + drafted) / tokens,
+            "trips": int(total[kernel.TRIPS]),
+            "exact_fraction": 1 - best[:, kernel.INEXACT].sum() / steps,
+            "regret_ratio": float((best @ self.cost.prices).sum() / self.clairvoyant_us.sum() - 1),
+            "n_requests": self.positions.n_requests,
+            "n_tokens": int(tokens),
+        }
+
+    @cached_property
+    def members(self) -> dict[str, np.ndarray]:
+        """Which requests belong to each prompt category: bool ``[n_requests]``."""
+        names = np.array(self.positions.categories)
+        return {c: names == c for c in sorted(set(self.positions.categories))}
+
+    @cached_property
+    def answerable(self) -> Positions:
+        """The positions with what a live trace does not know filled in as it is where it does; a probe trace's own."""
+        return self.positions.guess("mean")
+
+    def inexact_fraction(self, policy: Policy) -> float:
+        """Share of the policy's steps that the trace does not determine."""
+        known = counts([policy], self.answerable)[0]
+        return float(known[:, kernel.INEXACT].sum() / known[:, kernel.STEPS].sum())
+
+    def by_category(self, policy: Policy) -> pl.DataFrame:
+        """One row per prompt category: tokens per second and speed-up against no MTP, each with its 95 % interval."""
+        known = counts([policy], self.answerable)[0]
+        rows = []
+        for category, member in self.members.items():
+            speed, gain, total = self.speed(known, member), self.gain(known, member), known[member].sum(0)
+            drafted = int(total[kernel.DRAFTED])
+            rows.append(
+                {
+                    "category": category,
+                    "n_requests": int(member.sum()),
+                    "tokens_per_second": speed.value,
+                    "tokens_per_second_low": speed.low,
+                    "tokens_per_second_high": speed.high,
+                    "speedup": gain.value,
+                    "speedup_low": gain.low,
+                    "speedup_high": gain.high,
+                    "acceptance_ratio": int(total[kernel.ACCEPTED]) / drafted if drafted else None,
+                }
+            )
+        return pl.DataFrame(rows)
+
+    def speed(self, known: np.ndarray, member: np.ndarray | None = None) -> Interval:
+        """Tokens per second of requests with counts ``known`` (int64 ``[n_requests, n_counts]``), of all or of ``member`` ones."""
+        return self._speed(known, self.cost.prices, self.cost.boot, member)
+
+    def gain(self, known: np.ndarray, member: np.ndarray | None = None) -> Interval:
+        """Speed-up against no MTP, as above; numerator and denominator share every draw."""
+        chosen = slice(None) if member is None else member
+        value = self.no_mtp_us[chosen].sum() / (known[chosen] @ self.cost.prices).sum()
+        time = self._drawn_us(known, self.cost.boot, chosen)
+        return Interval(float(value), *np.quantile(self._drawn_us(self._off, self.cost.boot_no_mtp, chosen) / time, _LEVELS))
+
+    def _speed(self, known: np.ndarray, prices: np.ndarray, boot: np.ndarray, member: np.ndarray | None = None) -> Interval:
+        chosen = slice(None) if member is None else member
+        value = 1e6 * self.tokens[chosen].sum() / (known[chosen] @ prices).sum()
+        drawn = 1e6 * (self._drawn(chosen) @ self.tokens[chosen]) / self._drawn_us(known, boot, chosen)
+        return Interval(float(value), *np.quantile(drawn, _LEVELS))
+
+    def _drawn(self, chosen: np.ndarray | slice) -> np.ndarray:
+        """How often each chosen request is in each draw; a draw without any of them counts them once each."""
+        draws = self._draws[:, chosen].astype(float)
+        draws[draws.sum(1) == 0] = 1.0
+        return draws
+
+    def _drawn_us(self, known: np.ndarray, boot: np.ndarray, chosen: np.ndarray | slice) -> np.ndarray:
+        """Total time of each draw's requests under that draw's cost model."""
+        return ((self._drawn(chosen) @ known[chosen]) * boot).sum(1)

@@ -1,0 +1,140 @@
+"""Join a policy with the simulator: compiled by Numba and cached on disk, or interpreted.
+
+Numba's cache looks at one file only, so the policy's source and the binding to :mod:`tracekit.replay.kernel` are written into one module whose
+name is the hash of everything that went into it: an edit anywhere makes a new module, never a stale one.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tracekit.errors import TracekitError
+from tracekit.policy import interface
+from tracekit.policy.rule import Rule
+from tracekit.replay import kernel
+
+_BINDING = """
+
+# ---- below: written by tracekit.replay.link ----
+{njit}
+
+{jitted}
+
+@_njit
+def params_of(row):
+    return Params({params})
+
+_policy_begin, _policy_learn = begin, learn
+
+@_njit
+def _fix(state):
+    return State({state})
+
+@_njit
+def begin(params):
+    return _fix(_policy_begin(params))
+
+@_njit
+def learn(params, state, now, seen):
+    return _fix(_policy_learn(params, state, now, seen))
+
+walk = _njit(walk)
+price = _njit(price, fastmath=True)
+run = _njit(walk_all, cache=True, nogil=True)
+"""
+_COMPILED = "from numba import njit as _njit"
+_INTERPRETED = "def _njit(function, **options): return function"
+_PLACE = "from tracekit.policy.shipped.off import Params, begin, decide, learn  # the policy\n"
+_CASTS = {"int": "int({})", "float": "float({})", "bool": "{} != 0"}
+
+
+def cache_folder() -> Path:
+    """Where compiled policies are kept: ``TRACEKIT_CACHE``, or the user's cache folder."""
+    root = os.environ.get("TRACEKIT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tracekit"
+    return Path(root) / "kernels"
+
+
+@cache
+def compiled(rule: Rule) -> Callable[..., None]:
+    """The compiled :func:`~tracekit.replay.kernel.walk_all` of a policy. Raises :class:`TracekitError`, when called, where Numba cannot compile it."""
+    import numba
+
+    module = _module(rule, _COMPILED, numba.__version__)
+
+    def run(*arguments: Any) -> None:
+        try:
+            module.run(*arguments)
+        except numba.core.errors.NumbaError as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            reason = next((line for line in lines if "rror" in line and "pipeline" not in line), lines[0])
+            raise TracekitError(f"{rule.path}: cannot be compiled for the simulator ({reason}); use plain arithmetic on ints, floats and bools") from None
+
+    return run
+
+
+@cache
+def interpreted(rule: Rule) -> ModuleType:
+    """The same module without Numba, as slow as Python: its ``run`` is the twin that tests and benchmarks compare with."""
+    return _module(rule, _INTERPRETED, "")
+
+
+def _module(rule: Rule, njit: str, version: str) -> ModuleType:
+    source = Path(kernel.__file__).read_text()
+    taken = (_names(source) - {"params_of"}) & _names(rule.source)
+    if taken:
+        raise TracekitError(f"{rule.path}: the name {sorted(taken)[0]} is the simulator's; choose another")
+    own = rule.source.replace("from __future__ import annotations\n", "")
+    binding = _BINDING.format(
+        njit=njit,
+        jitted="\n".join(f"{name} = _njit({name})" for name in _functions(rule.source)),
+        params=", ".join(_cast(kind, f"row[{i}]") for i, kind in enumerate(rule.types.values())),
+        state=", ".join(_cast(rule.State.__annotations__[f], f"state[{i}]") for i, f in enumerate(rule.State._fields)),
+    )
+    whole = own + "\n\n" + source.replace(_PLACE, "") + binding
+    identity = hashlib.sha256("|".join((whole, Path(interface.__file__).read_text(), version, sys.version)).encode()).hexdigest()[:16]
+    return _import(f"tracekit_{rule.name}_{identity}", whole)
+
+
+def _functions(source: str) -> list[str]:
+    return [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+
+
+def _names(source: str) -> set[str]:
+    """Functions and constants that ``source`` defines."""
+    constants = {t.id for node in ast.parse(source).body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)}
+    return constants | set(_functions(source))
+
+
+def _cast(kind: Any, value: str) -> str:
+    """``value`` as the type a parameter or a field of the state is declared with; a scope as its number."""
+    return _CASTS.get(getattr(kind, "__name__", str(kind)), "int({})").format(value)
+
+
+def _import(name: str, source: str) -> ModuleType:
+    if name in sys.modules:
+        return sys.modules[name]
+    folder = cache_folder()
+    path = folder / f"{name}.py"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".partial", delete=False, encoding="utf-8") as file:
+                file.write(source)
+            os.replace(file.name, path)
+    except OSError as error:
+        raise TracekitError(f"{folder}: {error.strerror}; set TRACEKIT_CACHE to a folder that can be written") from None
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module

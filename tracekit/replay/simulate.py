@@ -1,0 +1,96 @@
+"""Run policies over the positions of a trace: the compiled walk, in chunks of policies so that memory stays bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from tracekit.errors import TracekitError
+from tracekit.policy.interface import Now
+from tracekit.policy.rule import Policy, Rule
+from tracekit.replay import kernel, link
+from tracekit.replay.arrays import Positions
+
+_CHUNK_BYTES = 32 << 20
+
+
+def arrays_of(p: Positions) -> tuple[np.ndarray, ...]:
+    """The eight arrays of :func:`tracekit.replay.kernel.walk_all`."""
+    return p.first, p.n_generated, p.n_prompt, p.max_tokens, p.n_ctx, p.match, p.known, p.probs
+
+
+def totals(policies: Sequence[Policy], positions: Positions, cost: np.ndarray) -> np.ndarray:
+    """Scalar counts and time of every policy on every request: float64 ``[n_policies, n_requests, N_SCALARS + 1]``, time last.
+
+    ``cost``: microseconds per count. Counts alone: :func:`counts`. Raises :class:`TracekitError` for a policy the trace cannot answer.
+    """
+    out = np.empty((len(policies), positions.n_requests, kernel.N_SCALARS + 1))
+    nothing = np.zeros((0, 0, 0), np.int64)
+    for run, chosen, rows, shared in _by_rule(policies, positions, out[0].nbytes):
+        part = np.empty((len(chosen), *out.shape[1:]))
+        run(rows, shared, arrays_of(positions), cost, part, nothing)
+        out[chosen] = part
+    return out
+
+
+def counts(policies: Sequence[Policy], positions: Positions) -> np.ndarray:
+    """All counts of every policy on every request: int64 ``[n_policies, n_requests, n_counts]`` (:mod:`tracekit.replay.kernel`)."""
+    size = kernel.n_counts(positions.n_max)
+    out = np.empty((len(policies), positions.n_requests, size), np.int64)
+    for run, chosen, rows, shared in _by_rule(policies, positions, out[0].nbytes):
+        detail = np.empty((len(chosen), *out.shape[1:]), np.int64)
+        run(rows, shared, arrays_of(positions), np.zeros(size), np.empty((*detail.shape[:2], kernel.N_SCALARS + 1)), detail)
+        out[chosen] = detail
+    return out
+
+
+def rounds(policy: Policy, positions: Positions) -> list[list[tuple[int, int]]]:
+    """``(drafted, accepted)`` of every step of every request: what the engine's ``Completion.rounds`` will be. Interpreted."""
+    check(policy, positions)
+    module = link.interpreted(policy.rule)
+    found: list[list[tuple[int, int]]] = []
+    learn = module.learn
+
+    def listening(params, state, now: Now, seen):
+        if now.n_generated == 1:
+            found.append([])
+        found[-1].append((int(seen.n_drafted), int(seen.n_accepted)))
+        return learn(params, state, now, seen)
+
+    module.learn = listening
+    try:
+        size = kernel.n_counts(positions.n_max)
+        out = np.empty((1, positions.n_requests, kernel.N_SCALARS + 1))
+        shared = np.array([policy.scope == "engine"])
+        module.run(_rows([policy]), shared, arrays_of(positions), np.zeros(size), out, np.zeros((0, 0, 0), np.int64))
+    finally:
+        module.learn = learn
+    return found
+
+
+def check(policy: Policy, positions: Positions) -> None:
+    """Raise :class:`TracekitError` where ``policy`` drafts further than the trace recorded: nothing is known, or timed, there."""
+    wanted = getattr(policy.params, "n_max", 0)
+    if wanted > positions.n_max:
+        raise TracekitError(f"policy {policy}: n_max {wanted}, but the trace has drafts of up to {positions.n_max}; record with --n-max {wanted}")
+
+
+def _by_rule(policies: Sequence[Policy], positions: Positions, bytes_each: int) -> Iterator[tuple[Callable, np.ndarray, np.ndarray, np.ndarray]]:
+    """``(compiled run, indices, rows, shared)`` for chunks of policies of one rule."""
+    groups: dict[Rule, list[int]] = {}
+    for i, policy in enumerate(policies):
+        check(policy, positions)
+        groups.setdefault(policy.rule, []).append(i)
+    most = max(1, _CHUNK_BYTES // bytes_each)
+    for rule, members in groups.items():
+        run = link.compiled(rule)
+        for start in range(0, len(members), most):
+            chosen = members[start : start + most]
+            some = [policies[i] for i in chosen]
+            yield run, np.array(chosen), _rows(some), np.array([p.scope == "engine" for p in some])
+
+
+def _rows(policies: Sequence[Policy]) -> np.ndarray:
+    """Parameters as float64 ``[n_policies, n_params]``; one idle column for policies without any."""
+    return np.array([p.row() or [0.0] for p in policies])

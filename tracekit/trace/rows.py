@@ -1,0 +1,76 @@
+"""One tuple per row of a trace's tables, fields in the order of the columns in :mod:`tracekit.trace.schema` (a test compares them)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class RunEnd(NamedTuple):
+    run: int
+    wall_us: int
+    record_us: int
+    writer_us: int
+    n_checked: int
+    n_diverged: int
+
+
+class RequestRow(NamedTuple):
+    run: int
+    request: int
+    prompt_id: str
+    category: str
+    arm: str
+    slot: int
+    n_prompt: int
+    max_tokens: int
+    n_ctx: int
+    temp: float
+    seed: int
+
+
+class RequestEnd(NamedTuple):
+    run: int
+    request: int
+    n_generated: int
+    stop: str
+    prompt_us: int
+
+
+class Step(NamedTuple):
+    run: int
+    step: int
+    t_us: int
+    mtp: bool
+    n_slots: int
+    n_tokens: int
+    n_prompt: int
+    n_past: int
+    n_draft_decodes: int
+    n_draft_slots: int
+    n_catchup: int
+    first_draft_us: int
+    draft_us: int
+    catchup_us: int
+    target_us: int
+    sample_us: int
+    policy_us: int
+    record_us: int
+    wall_us: int
+
+
+class Verification(NamedTuple):
+    run: int
+    request: int
+    step: int
+    n_generated: int
+    n_asked: int
+    n_proposed: int
+    n_drafted: int
+    n_accepted: int
+    n_matched: int
+    n_redecoded: int
+    n_decodes: int
+    stop: str
+    draft_ids: list[int]
+    draft_probs: list[float]
+    tokens: list[int]

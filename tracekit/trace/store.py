@@ -1,0 +1,77 @@
+"""Open a trace file for reading, with one clear line for everything that can be wrong with it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import polars as pl
+
+from tracekit.errors import TracekitError
+from tracekit.trace import schema
+
+
+@dataclass(frozen=True)
+class TraceFile:
+    """A trace on disk. Every read opens the file, reads and lets go of it, so that a recorder may follow."""
+
+    path: Path
+
+    def frame(self, sql: str, **parameters: Any) -> pl.DataFrame:
+        """The result of ``sql`` (``$name`` for parameters) as a Polars frame."""
+        with connect(self.path) as con:
+            return con.sql(sql, params=parameters or None).pl()
+
+    @cached_property
+    def runs(self) -> pl.DataFrame:
+        """The recording sessions, one row each, with their provenance."""
+        return self.frame("SELECT * FROM runs LEFT JOIN run_ends USING (run) ORDER BY run")
+
+    @property
+    def trace_id(self) -> str:
+        """Identity of what was recorded: the trace ids of all runs."""
+        return "+".join(self.runs["trace_id"])
+
+
+def open_trace(path: str | Path) -> TraceFile:
+    """The trace at ``path``, checked. Raises :class:`TracekitError` for what is no trace of this schema."""
+    trace = TraceFile(Path(path))
+    with connect(trace.path) as con:
+        tables = {row[0] for row in con.execute("SELECT table_name FROM information_schema.tables").fetchall()}
+        if "runs" not in tables:
+            raise TracekitError(f"{path}: a DuckDB file, but no trace (it has no table runs); `tracekit record` writes one")
+        versions = {row[0] for row in con.execute("SELECT DISTINCT schema_version FROM runs").fetchall()}
+    if not versions:
+        raise TracekitError(f"{path}: holds no run; the recording stopped before its first commit; record again")
+    if versions != {schema.VERSION}:
+        other = ", ".join(str(v) for v in sorted(versions - {schema.VERSION}))
+        raise TracekitError(f"{path}: trace of schema version {other}, this tracekit reads {schema.VERSION}; record again, or use the tracekit that wrote it")
+    return trace
+
+
+def connect(path: Path) -> duckdb.DuckDBPyConnection:
+    """A read-only connection to ``path``. Raises :class:`TracekitError` where DuckDB cannot give one."""
+    if not path.is_file():
+        raise TracekitError(f"{path}: no such file; `tracekit record` writes traces")
+    with path.open("rb") as file:
+        head = file.read(12)
+    if head[8:12] != b"DUCK":
+        raise TracekitError(f"{path}: not a DuckDB file" + (" (it is empty)" if not head else ""))
+    try:
+        return duckdb.connect(str(path), read_only=True)
+    except duckdb.Error as error:
+        raise TracekitError(f"{path}: {_reason(str(error))}") from None
+
+
+def _reason(message: str) -> str:
+    if "lock" in message:
+        owner = re.search(r"PID (\d+)", message)
+        who = f"process {owner[1]}" if owner else "another process"
+        return f"being written by {who}; wait until it has finished, or stop it (nothing recorded is lost)"
+    if "newer" in message and "version" in message:
+        return "written by a newer DuckDB; upgrade duckdb"
+    return f"damaged or truncated ({message.splitlines()[0]})"

@@ -1,0 +1,84 @@
+"""Create a trace file and append to it, in column batches: a commit is on disk when :meth:`TraceWriter.append` returns."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from tracekit.errors import TracekitError
+from tracekit.trace import schema
+
+_ARROW = {
+    "USMALLINT": pa.uint16(),
+    "UINTEGER": pa.uint32(),
+    "UBIGINT": pa.uint64(),
+    "INTEGER": pa.int32(),
+    "REAL": pa.float32(),
+    "BOOLEAN": pa.bool_(),
+    "VARCHAR": pa.string(),
+    "JSON": pa.string(),
+    "TIMESTAMPTZ": pa.timestamp("us", "UTC"),
+    "INTEGER[]": pa.list_(pa.int32()),
+    "REAL[]": pa.list_(pa.float32()),
+}
+
+
+@cache
+def columns(table: str) -> dict[str, pa.DataType]:
+    """Column names and Arrow types of ``table``, in order, as :data:`tracekit.trace.schema.TABLES` declares them."""
+    body = re.search(rf"CREATE TABLE {table} \((.*?)\n\);", schema.TABLES, re.DOTALL)[1]
+    found = re.findall(r"^    (\w+) ([A-Z]+(?:\[\])?)", body, re.MULTILINE)
+    return {name: _ARROW[kind] for name, kind in found if name != "PRIMARY"}
+
+
+class TraceWriter:
+    """The file at ``path``, open for appending. Raises :class:`TracekitError` where it exists and ``force`` is false."""
+
+    def __init__(self, path: str | Path, force: bool = False):
+        self.path = Path(path)
+        if self.path.exists():
+            if not force:
+                raise TracekitError(f"{path}: exists; nothing recorded is overwritten without --force")
+            self.path.unlink()
+            self.path.with_name(self.path.name + ".wal").unlink(missing_ok=True)
+        try:
+            self._con = duckdb.connect(str(self.path))
+            self._con.execute(schema.TABLES + schema.VIEWS)
+        except duckdb.Error as error:
+            raise TracekitError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from None
+
+    def append(self, batches: Mapping[str, Sequence[tuple]]) -> None:
+        """Append rows (tuples in column order) to each named table, in one transaction. Raises ``duckdb.Error``."""
+        self._con.begin()
+        try:
+            for table, rows in batches.items():
+                if not rows:
+                    continue
+                arrays = [pa.array(values, kind) for values, kind in zip(zip(*rows, strict=True), columns(table).values(), strict=True)]
+                self._con.register("batch", pa.Table.from_arrays(arrays, list(columns(table))))
+                self._con.execute(f"INSERT INTO {table} SELECT * FROM batch")
+                self._con.unregister("batch")
+            self._con.commit()
+        except duckdb.Error:
+            try:
+                self._con.rollback()
+            except duckdb.Error:
+                pass  # the connection is past use; the file keeps what was committed
+            raise
+
+    def append_run(self, run: Mapping[str, Any]) -> None:
+        """Append the provenance row; ``settings`` and ``machine`` may be mappings. Raises ``KeyError`` for a missing column."""
+        names = columns("runs")
+        row = tuple(json.dumps(run[n]) if isinstance(run[n], Mapping) else run[n] for n in names)
+        self.append({"runs": [row]})
+
+    def close(self) -> None:
+        """Write the log back into the file and let go of it."""
+        self._con.close()

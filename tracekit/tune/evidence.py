@@ -1,0 +1,117 @@
+"""From a search to a policy file: the out-of-sample prediction, what it beat, and one sentence of advice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+import tracekit
+from tracekit.policy.evidence import Alternative, Evidence
+from tracekit.policy.file import PolicyFile
+from tracekit.policy.rule import Policy, rule
+from tracekit.replay.league import Interval, League
+from tracekit.tune.search import Progress, Search, held_out_counts, search, without
+
+
+def tune(
+    league: League,
+    space: Mapping[str, Mapping[str, str]],
+    max_slowdown: float = 0.02,
+    folds: int = 5,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> PolicyFile:
+    """The best safe policy in ``space`` on the trace of ``league``, with its evidence.
+
+    It is ``off`` unless the speed-up on requests the choice was not made on is above 1 with its whole 95 % interval.
+    """
+    found = search(league, space, max_slowdown, folds, seed, progress)
+    known = held_out_counts(league, found)
+    gain = league.gain(known)
+    if found.chosen and gain.low <= 1:
+        found, known = without(found), held_out_counts(league, found)
+    if found.chosen:
+        speed, categories = league.speed(known), {c: league.gain(known, m) for c, m in league.members.items()}
+    else:
+        speed, gain = league.no_mtp_speed(), Interval(1.0, 1.0, 1.0)
+        categories = {c: gain for c in league.members}
+    worst = min(categories, key=lambda c: categories[c].value)
+    run = league.trace.runs.row(0, named=True)
+    inexact = league.inexact_fraction(found.policy)
+    return PolicyFile(
+        found.policy,
+        Evidence(
+            advice=_advice(found.policy, gain, worst, categories[worst], league),
+            tracekit_version=tracekit.__version__,
+            trace=Path(league.trace.path).name,
+            trace_id=league.trace.trace_id,
+            model_sha256=run["model_sha256"],
+            model_desc=run["model_desc"],
+            device=run["device"],
+            cost_model=league.cost.id,
+            n_requests=league.positions.n_requests,
+            n_tokens=int(league.tokens.sum()),
+            n_policies=len(found.policies),
+            folds=folds,
+            seed=seed,
+            max_slowdown=max_slowdown,
+            tokens_per_second=round(speed.value, 3),
+            tokens_per_second_low=round(speed.low, 3),
+            tokens_per_second_high=round(speed.high, 3),
+            speedup=round(gain.value, 4),
+            speedup_low=round(gain.low, 4),
+            speedup_high=round(gain.high, 4),
+            worst_category=worst,
+            worst_category_speedup=round(categories[worst].value, 4),
+            exact_fraction=round(1 - inexact, 4),
+            alternatives=_alternatives(league, found, max_slowdown),
+        ),
+    )
+
+
+def references(league: League) -> dict[str, Policy]:
+    """The policies every tuned one is compared with: naive, one draft, the best fixed length, and the seed's fallback."""
+    n_max = league.positions.n_max
+    fixed = league.table(league.static_policies())
+    best = int(np.argmax(fixed["tokens_per_second"])) + 1
+    return {
+        "naive": rule("static")(n_max=n_max),
+        "one draft": rule("static")(n_max=1),
+        "best fixed length": rule("static")(n_max=best),
+        "fallback": rule("fallback")(n_max=n_max),
+    }
+
+
+def _alternatives(league: League, found: Search, max_slowdown: float) -> tuple[Alternative, ...]:
+    plain = league.no_mtp_speed()
+    out = [_alternative("no MTP", plain, 1.0, True)]
+    runners_up = [found.policies[i] for i in np.argsort(found.times.sum(1), kind="stable")[:3]]
+    policies = [p for p in dict.fromkeys([*references(league).values(), *runners_up]) if p not in (found.policy, rule("off")())]
+    for policy, row in zip(policies, league.table(policies).iter_rows(named=True), strict=True):
+        speed = Interval(row["tokens_per_second"], row["tokens_per_second_low"], row["tokens_per_second_high"])
+        safe = league.by_category(policy)["speedup"].min() >= 1 / (1 + max_slowdown)
+        out.append(_alternative(policy.label, speed, row["speedup"], safe))
+    return tuple(out)
+
+
+def _alternative(label: str, speed: Interval, gain: float, safe: bool) -> Alternative:
+    return Alternative(
+        policy=label,
+        tokens_per_second=round(speed.value, 3),
+        tokens_per_second_low=round(speed.low, 3),
+        tokens_per_second_high=round(speed.high, 3),
+        speedup=round(gain, 4),
+        safe=safe,
+    )
+
+
+def _advice(policy: Policy, gain: Interval, worst: str, worst_gain: Interval, league: League) -> str:
+    n = f"n = {league.positions.n_requests} requests, held out"
+    if policy == rule("off")():
+        return f"Do not speculate with this model on prompts like these: no policy was safely faster than no MTP ({n})."
+    return (
+        f"Speculate with {policy}: {gain.value:.2f} x the speed of no MTP ({gain.low:.2f} to {gain.high:.2f}, 95 %, {n}); "
+        f"at worst {worst_gain.value:.2f} x, on {worst} prompts."
+    )

@@ -1,0 +1,93 @@
+"""Which policies a search looks at: a grid from each policy file's SPACE (or a TOML of one's own), and refinements of the best."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from tracekit.errors import TracekitError
+from tracekit.policy.rule import Policy, Rule, rule, shipped
+from tracekit.policy.spec import expand, sweep
+
+MOST = 200_000
+
+
+def default_space() -> dict[str, dict[str, str]]:
+    """The search space of every shipped policy that has one, by policy name."""
+    return {r.name: dict(r.space) for r in shipped() if r.space}
+
+
+def read_space(path: str | Path) -> dict[str, dict[str, str]]:
+    """A search space from TOML: a table per policy (name or Python file), a list or range per parameter. Raises :class:`TracekitError`.
+
+    ::
+
+        [static]
+        n_max = "1..8/1"
+        p_min = [0, 0.5, 0.8]
+    """
+    path = Path(path)
+    try:
+        tables = tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise TracekitError(f"{path}: no such file; a search space is a TOML table per policy") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise TracekitError(f"{path}: not TOML ({error})") from None
+    if not tables:
+        raise TracekitError(f"{path}: empty; a search space is a TOML table per policy")
+    space = {}
+    for name, table in tables.items():
+        if not isinstance(table, Mapping):
+            raise TracekitError(f'{path}: {name} is not a table; write [policy] and then key = "low..high/step" or a list')
+        space[str(path.parent / name) if name.endswith(".py") else name] = {k: _text(v) for k, v in table.items()}
+    return space
+
+
+def _text(value: object) -> str:
+    values = value if isinstance(value, list) else [value]
+    return ",".join(str(v).lower() if isinstance(v, bool) else str(v) for v in values)
+
+
+def grid(space: Mapping[str, Mapping[str, str]], n_max: int) -> list[Policy]:
+    """``off`` and every combination in ``space``, drafts longer than ``n_max`` left out; simpler policies come first.
+
+    Raises :class:`TracekitError` for an unknown policy or parameter, or for more than 200,000 policies.
+    """
+    found: dict[Policy, None] = {rule("off")(): None}
+    for name, values in space.items():
+        size = 1
+        for key, text in values.items():
+            size *= len(expand(name, key, text))
+        if size > MOST:
+            raise TracekitError(f"the space of {name} has {size} policies; {MOST} at most: widen a step or drop a parameter")
+        for policy in sweep(rule(name), values):
+            if getattr(policy.params, "n_max", 0) <= n_max:
+                found[policy] = None
+    return list(found)
+
+
+def neighbours(of: Iterable[Policy], space: Mapping[str, Mapping[str, str]], n_max: int, fraction: float) -> list[Policy]:
+    """Policies a ``fraction`` of a grid step away from each of ``of``, in one parameter: what a refinement tries next."""
+    found: dict[Policy, None] = {}
+    for policy in of:
+        values = next((v for k, v in space.items() if rule(k) is policy.rule), {})
+        for key, text in values.items():
+            for value in _beside(policy.rule, key, getattr(policy.params, key), text, fraction):
+                changed = policy.params._asdict() | {key: value}
+                if changed.get("n_max", 0) <= n_max:
+                    found[policy.rule(**changed)] = None
+    return list(found)
+
+
+def _beside(of: Rule, key: str, value: float, text: str, fraction: float) -> list[float]:
+    if of.types[key] not in (int, float):
+        return []
+    steps = sorted({float(v) for v in expand(of.name, key, text)})
+    if len(steps) < 2:
+        return []
+    gap = min((b - a for a, b in zip(steps, steps[1:], strict=False) if a <= value <= b), default=steps[1] - steps[0]) * fraction
+    candidates = [value - gap, value + gap]
+    if of.types[key] is int:
+        candidates = [round(c) for c in candidates]
+    return [round(c, 6) for c in candidates if steps[0] <= c <= steps[-1] and c != value]

@@ -6,12 +6,26 @@ import ctypes
 import hashlib
 import os
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 from tracekit.engine import lib
 from tracekit.engine.lib import llama
 from tracekit.errors import TracekitError
+
+
+def sha256_of(path: str | Path) -> str:
+    """Hash of a whole file, computed once per process and version of the file."""
+    path = Path(path)
+    if not path.is_file():
+        raise TracekitError(f"{path}: no such model; `tracekit model build -o {path}` writes the reference model")
+    return _sha256(path, path.stat().st_mtime_ns)
+
+
+@cache
+def _sha256(path: Path, _mtime_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -77,11 +91,10 @@ class Model:
         size = llama.llama_model_meta_val_str(self.handle, key.encode(), buffer, 1024)
         return buffer.value.decode(errors="replace") if size >= 0 else ""
 
-    @cached_property
+    @property
     def sha256(self) -> str:
-        """Hash of the whole file, computed once per process."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        """Hash of the whole file."""
+        return sha256_of(self.path)
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         """Token ids of ``text``, with the beginning-of-text token where the model wants one."""

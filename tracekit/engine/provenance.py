@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def run_facts(engine: Engine, probe: Probe | None) -> dict[str, Any]:
     """The ``runs`` row for a recording that ``engine`` starts now."""
-    facts, devices = engine.model.facts, lib.devices()
+    facts = engine.model.facts
     return {
         "run": 0,
         "trace_id": uuid.uuid4().hex,
@@ -41,11 +41,16 @@ def run_facts(engine: Engine, probe: Probe | None) -> dict[str, Any]:
         "n_layer_nextn": facts.n_layer_nextn,
         "draft_sha256": engine.draft_model.sha256 if engine.draft_model else None,
         "llama_cpp": lib.build(),
-        "device": "; ".join(f"{name}: {description}" for name, description, _ in devices),
+        "device": device_name(),
         "driver": driver(),
         "settings": engine.settings.as_dict() | ({"probe_seed": probe.seed} if probe else {}),
         "machine": machine(),
     }
+
+
+def device_name() -> str:
+    """Every device that ggml can compute on, by name."""
+    return "; ".join(f"{name}: {description}" for name, description, _ in lib.devices())
 
 
 def machine() -> dict[str, Any]:

@@ -23,11 +23,9 @@ def clairvoyant_us(positions: Positions, cost: CostModel) -> np.ndarray:
     width = prices[kernel.N_SCALARS : kernel.N_SCALARS + n_max + 2]
     catchup = prices[kernel.N_SCALARS + n_max + 2 :]
     row_us, round_us = _line_under(catchup, prices[kernel.LONG_CATCHUPS], prices[kernel.LONG_CATCHUP_ROWS])
-    idle_us = prices[kernel.STEPS] + width[1] + prices[kernel.TOKENS]
-    plain_us = min(idle_us, cost.no_mtp[kernel.STEPS] + cost.no_mtp[kernel.N_SCALARS + 1] + cost.no_mtp[kernel.TOKENS])
     terms = np.array(
         [
-            plain_us,
+            prices[kernel.STEPS] + width[1] + prices[kernel.TOKENS],
             prices[kernel.STEPS],
             prices[kernel.TOKENS],
             prices[kernel.DRAFT_ROUNDS] + round_us,
@@ -41,7 +39,10 @@ def clairvoyant_us(positions: Positions, cost: CostModel) -> np.ndarray:
     p = positions
     out = np.zeros(p.n_requests)
     _compiled()(p.first, p.n_generated, p.n_prompt, p.max_tokens, p.n_ctx, p.match, np.asarray(width), terms, n_max, out)
-    return out
+    steps = p.n_generated - 1
+    plain = steps * (cost.no_mtp[kernel.STEPS] + cost.no_mtp[kernel.TOKENS] + cost.no_mtp[kernel.N_SCALARS + 1])
+    past = steps * p.n_prompt + steps * (steps - 1) // 2
+    return np.minimum(out, plain + past * (cost.no_mtp[kernel.PAST] + cost.no_mtp[kernel.PAST_WIDTH]))
 
 
 def _line_under(catchup: np.ndarray, long_us: float, long_row_us: float) -> tuple[float, float]:

@@ -102,7 +102,7 @@ class _Steps:
                WHERE s.n_slots = 1 AND s.n_prompt = 0 AND v.n_generated > 0 ORDER BY run, step"""
         )
         if frame.is_empty():
-            raise TracekitError(f"{trace.path}: no step of a single slot in it; costs need a recording with --slots 1")
+            raise TracekitError(f"{trace.path}: no step of a single slot in it; costs need a recording with --parallel 1")
         found = cls(str(trace.path), **{c: frame[c].cast(pl.Float64).to_numpy() for c in frame.columns})
         if (found.mtp == 0).sum() < LEAST:
             raise TracekitError(f"{trace.path}: the baseline without MTP was not recorded; record with --baseline")

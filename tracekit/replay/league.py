@@ -63,7 +63,7 @@ class League:
         """One row per policy, in order; speeds in tokens per second of generation, with 95 % intervals.
 
         ``speedup`` is against no MTP. ``exact_fraction``: share of steps whose outcome the trace determines; where it is below 1 the interval spans
-        what lies between no and every unknown draft being right. ``regret_ratio``: time lost against the clairvoyant optimum, over its time.
+        what lies between no and every unknown draft being right. ``regret``: time lost against the clairvoyant optimum, over its time.
         """
         known = counts(policies, self.positions)
         guesses = {fill: counts(policies, self.positions.guess(fill)) for fill in self._guesses(known)}
@@ -102,7 +102,7 @@ class League:
             "amplification": (steps + drafted) / tokens,
             "trips": int(total[kernel.TRIPS]),
             "exact_fraction": 1 - best[:, kernel.INEXACT].sum() / steps,
-            "regret_ratio": float((best @ self.cost.prices).sum() / self.clairvoyant_us.sum() - 1),
+            "regret": float((best @ self.cost.prices).sum() / self.clairvoyant_us.sum() - 1),
             "n_requests": self.positions.n_requests,
             "n_tokens": int(tokens),
         }
@@ -149,18 +149,26 @@ class League:
         """Tokens per second of requests with counts ``known`` (int64 ``[n_requests, n_counts]``), of all or of ``member`` ones."""
         return self._speed(known, self.cost.prices, self.cost.boot, member)
 
+    def speed_of_these(self, policy: Policy | None) -> Interval:
+        """Tokens per second of exactly these requests under ``policy`` (None: no MTP); the interval is the cost model's alone."""
+        known = self._off if policy is None else counts([policy], self.answerable)[0]
+        prices, boot = (self.cost.no_mtp, self.cost.boot_no_mtp) if policy is None else (self.cost.prices, self.cost.boot)
+        total, tokens = known.sum(0), 1e6 * self.tokens.sum()
+        return Interval(float(tokens / (total @ prices)), *(float(q) for q in np.quantile(tokens / (boot @ total), _LEVELS)))
+
     def gain(self, known: np.ndarray, member: np.ndarray | None = None) -> Interval:
         """Speed-up against no MTP, as above; numerator and denominator share every draw."""
         chosen = slice(None) if member is None else member
         value = self.no_mtp_us[chosen].sum() / (known[chosen] @ self.cost.prices).sum()
         time = self._drawn_us(known, self.cost.boot, chosen)
-        return Interval(float(value), *np.quantile(self._drawn_us(self._off, self.cost.boot_no_mtp, chosen) / time, _LEVELS))
+        ratio = self._drawn_us(self._off, self.cost.boot_no_mtp, chosen) / time
+        return Interval(float(value), *(float(q) for q in np.quantile(ratio, _LEVELS)))
 
     def _speed(self, known: np.ndarray, prices: np.ndarray, boot: np.ndarray, member: np.ndarray | None = None) -> Interval:
         chosen = slice(None) if member is None else member
         value = 1e6 * self.tokens[chosen].sum() / (known[chosen] @ prices).sum()
         drawn = 1e6 * (self._drawn(chosen) @ self.tokens[chosen]) / self._drawn_us(known, boot, chosen)
-        return Interval(float(value), *np.quantile(drawn, _LEVELS))
+        return Interval(float(value), *(float(q) for q in np.quantile(drawn, _LEVELS)))
 
     def _drawn(self, chosen: np.ndarray | slice) -> np.ndarray:
         """How often each chosen request is in each draw; a draw without any of them counts them once each."""

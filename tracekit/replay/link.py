@@ -74,7 +74,7 @@ def compiled(rule: Rule) -> Callable[..., None]:
     def run(*arguments: Any) -> None:
         try:
             module.run(*arguments)
-        except numba.core.errors.NumbaError as error:
+        except (numba.core.errors.NumbaError, numba.core.errors.UnsupportedBytecodeError) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             reason = next((line for line in lines if "rror" in line and "pipeline" not in line), lines[0])
             raise TracekitError(f"{rule.path}: cannot be compiled for the simulator ({reason}); use plain arithmetic on ints, floats and bools") from None

@@ -1,0 +1,166 @@
+"""Recording never hurts: off without a word, crash-safe, quiet about a full disk, and honest about its cost."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from tracekit.engine import Engine, Probe, Request
+from tracekit.engine.record import record
+from tracekit.errors import TracekitError
+from tracekit.policy.spec import parse_one
+from tracekit.report.stats import summarise
+from tracekit.trace.store import open_trace
+
+
+def test_off_by_default(models, settings, tmp_path, monkeypatch):
+    """Without being asked the engine records nothing."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TRACEKIT_TRACE", raising=False)
+    with Engine(models["plain"], parse_one("static:n_max=2"), settings) as engine:
+        engine.generate("import", max_tokens=8)
+        assert engine.recorder is None
+    assert os.listdir(tmp_path) == []
+
+
+def test_environment_variable_records_and_never_overwrites(models, settings, tmp_path, monkeypatch):
+    """TRACEKIT_TRACE records every engine, each into a file of its own."""
+    monkeypatch.setenv("TRACEKIT_TRACE", str(tmp_path / "t.duckdb"))
+    for _ in range(2):
+        with Engine(models["plain"], parse_one("static:n_max=2"), settings) as engine:
+            done = engine.generate("import", max_tokens=8)
+    assert sorted(os.listdir(tmp_path)) == ["t-2.duckdb", "t.duckdb"]
+    frame = open_trace(tmp_path / "t-2.duckdb").frame("SELECT flatten(list(tokens ORDER BY n_generated)) AS t FROM verifications")
+    assert frame["t"][0].to_list() == done.tokens
+
+
+def test_file_that_exists_is_refused(models, settings, tmp_path):
+    """Recording into a file that exists is refused before the model runs, and the file is left alone."""
+    path = tmp_path / "t.duckdb"
+    path.write_text("precious")
+    with pytest.raises(TracekitError, match="--force"):
+        Engine(models["plain"], settings=settings, trace=path)
+    assert path.read_text() == "precious"
+
+
+def test_every_number_of_a_completion_is_in_the_trace(models, settings, tmp_path):
+    """Requests, verifications and steps add up to what the engine returned."""
+    path = tmp_path / "t.duckdb"
+    with Engine(models["plain"], parse_one("fallback:n_max=5,min_ratio=0.3,p_min=0.2"), settings, trace=path) as engine:
+        done = list(engine.run([Request(p, max_tokens=30, prompt_id=p) for p in ("import os\n", "class A:\n", "def f(")]))
+    trace = open_trace(path)
+    for d in done:
+        row = trace.frame("SELECT * FROM summary WHERE prompt_id = $p", p=d.request.prompt_id).row(0, named=True)
+        assert (row["n_generated"], row["verifications"], row["drafted"], row["accepted"]) == (len(d.tokens), d.verifications, d.drafted, d.accepted)
+        end = trace.frame("SELECT * FROM request_ends WHERE request = $r", r=d.number).row(0, named=True)
+        assert (end["n_generated"], end["stop"], end["prompt_us"]) == (len(d.tokens), d.stop, d.prompt_us)
+    steps = trace.frame("SELECT * FROM steps ORDER BY step")
+    parts = sum(steps[c] for c in ("draft_us", "catchup_us", "target_us", "sample_us", "policy_us"))
+    assert (parts <= steps["wall_us"] + 5).all()
+    stops = set(trace.frame("SELECT DISTINCT stop FROM verifications")["stop"])
+    assert stops <= {"off", "n_max", "p_min", "room"}
+    after_p_min = trace.frame("SELECT * FROM verifications WHERE stop = 'p_min'")
+    assert (after_p_min["draft_probs"].list.len() == after_p_min["n_drafted"] + 1).all()
+    assert (after_p_min["draft_probs"].list.last() < 0.2).all()
+
+
+def test_provenance_is_complete(models, settings, tmp_path):
+    """A trace says which model, build, machine and settings it came from, and what recording it cost."""
+    path = tmp_path / "t.duckdb"
+    with Engine(models["plain"], settings=settings, trace=path, probe=Probe(settings.n_max, seed=7)) as engine:
+        record(engine, [Request("import os\n", max_tokens=12, prompt_id="p")], baseline=True)
+        sha = engine.model.sha256
+    run = open_trace(path).runs.row(0, named=True)
+    assert run["model_sha256"] == sha
+    assert run["mode"] == "probe"
+    assert all(run[c] for c in ("trace_id", "llama_cpp", "device", "model_arch", "model_desc", "tracekit_version", "wall_us"))
+    assert '"flash_attn": "off"' in run["settings"]
+    assert '"probe_seed": 7' in run["settings"]
+    assert "processor" in run["machine"]
+    assert 0 < run["record_us"] < run["wall_us"]
+    assert any("recording took" in note for note in summarise(open_trace(path)).notes)
+
+
+_GENERATE = """
+    import sys, time
+    from tracekit.engine import Engine, Settings
+    engine = Engine(sys.argv[1], "static:n_max=3", Settings(n_max=6, n_ctx=4096), trace=sys.argv[2])
+    for i in range(10000):
+        done = engine.generate("import os", max_tokens=50)
+        print(i, len(done.tokens), flush=True)
+"""
+
+
+def test_kill_loses_at_most_the_last_second(models, tmp_path):
+    """After kill -9 in mid-recording the file opens and holds everything but the last second."""
+    path = tmp_path / "t.duckdb"
+    command = [sys.executable, "-c", textwrap.dedent(_GENERATE), str(models["plain"]), str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        started = None
+        for line in process.stdout:
+            started = started or time.monotonic()
+            before_last_second = time.monotonic() - started
+            finished = int(line.split()[0])
+            if before_last_second > 1.5 and "kept" not in locals():
+                kept = finished
+            if before_last_second > 3.0:
+                break
+        process.send_signal(signal.SIGKILL)
+    trace = open_trace(path)
+    requests = trace.frame("SELECT count(*) AS n FROM request_ends")["n"][0]
+    assert requests >= kept > 0
+    assert trace.runs["wall_us"][0] is None
+    assert "cut off" in summarise(trace).headline
+
+
+def test_full_disk_stops_recording_and_nothing_else(models, tmp_path):
+    """When the file cannot grow, one message says so, generation goes on, and what was committed stays readable."""
+    path = tmp_path / "t.duckdb"
+    code = """
+        import logging, resource, sys
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000))
+        logging.basicConfig(level=logging.ERROR, format="%(message)s")
+        from tracekit.engine import Engine, Settings
+        with Engine(sys.argv[1], "static:n_max=3", Settings(n_max=6), trace=sys.argv[2]) as engine:
+            n = 0
+            while not engine.recorder.failed:
+                engine.generate("import os", max_tokens=200)
+                n += 1
+                assert n < 2000
+            print(len(engine.generate("import os", max_tokens=20).tokens))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(models["plain"]), str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "20"
+    assert result.stderr.count("recording into") == 1
+    assert "Traceback" not in result.stderr
+    assert open_trace(path).frame("SELECT count(*) AS n FROM verifications")["n"][0] > 100
+
+
+def test_probe_of_cut_off_requests_is_usable(models, settings, tmp_path):
+    """A cancelled request leaves a trace that can still be replayed."""
+    from tracekit.replay.arrays import positions
+
+    path = tmp_path / "t.duckdb"
+    with Engine(models["plain"], settings=settings, trace=path, probe=Probe(settings.n_max)) as engine:
+        engine.set_arm(probing=True)
+        number = engine.submit(Request("def f(x):\n", max_tokens=500, prompt_id="p"))
+        for _ in range(40):
+            engine.step()
+        engine.cancel(number)
+    assert positions(open_trace(path)).n_generated[0] > 20
+
+
+def test_messages_go_through_logging(models, settings, tmp_path, caplog):
+    """The recorder is quiet when all is well."""
+    with caplog.at_level(logging.INFO, "tracekit.engine"), Engine(models["plain"], settings=settings, trace=tmp_path / "t.duckdb") as engine:
+        engine.generate("import", max_tokens=8)
+    assert not caplog.records

@@ -1,0 +1,181 @@
+"""The simulator: compiled equals interpreted, counts add up, and nobody beats the clairvoyant."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tracekit.errors import TracekitError
+from tracekit.policy.spec import parse, parse_one
+from tracekit.replay import kernel, link
+from tracekit.replay.arrays import ANY
+from tracekit.replay.clairvoyant import clairvoyant_us
+from tracekit.replay.costs import CostModel
+from tracekit.replay.simulate import arrays_of, counts, rounds, totals
+from tracekit.testing import random_positions
+
+POLICIES = parse(
+    "off,static:n_max=1,3,8,static:n_max=8,p_min=0.3,0.7,fallback,fallback:n_max=4,min_ratio=0.2,0.6,resume_after=0,7,"
+    "fallback:n_max=8,min_ratio=0.5,scope=engine,resume_after=11"
+)
+
+
+def made_up(seed, probe=True):
+    """Positions of eight requests from a seed."""
+    return random_positions(random.Random(seed), 8, 8, probe)
+
+
+def made_up_cost(seed, n_max=8):
+    """Prices as a machine might have them: monotone, all positive."""
+    rng = np.random.default_rng(seed)
+    prices = np.zeros(kernel.n_counts(n_max))
+    prices[[kernel.STEPS, kernel.TOKENS, kernel.DRAFT_ROUNDS, kernel.DRAFT_DECODES]] = rng.uniform(1, 100, 4)
+    prices[[kernel.PAST, kernel.PAST_WIDTH, kernel.PAST_DRAFT]] = rng.uniform(0, 0.1, 3)
+    widths, catchups = kernel.N_SCALARS, kernel.N_SCALARS + n_max + 2
+    prices[widths + 1 : catchups] = np.sort(rng.uniform(100, 5000, n_max + 1))
+    prices[catchups + 1 :] = np.sort(rng.uniform(10, 500, n_max + 1))
+    slope = rng.uniform(0, 50)
+    prices[kernel.LONG_CATCHUP_ROWS] = slope
+    prices[kernel.LONG_CATCHUPS] = prices[-1] - slope * (n_max + 1)
+    no_mtp = np.zeros_like(prices)
+    no_mtp[kernel.STEPS], no_mtp[widths + 1] = prices[kernel.STEPS] * 0.9, prices[widths + 1] * 0.99
+    return CostModel(n_max, prices, no_mtp, prices[None], no_mtp[None], None, 0.0, 0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.booleans())
+def test_compiled_equals_interpreted(seed, probe):
+    """The compiled walk counts exactly what the interpreted twin counts, for every policy, probe and live."""
+    p = made_up(seed, probe)
+    compiled = counts(POLICIES, p)
+    for policy, ours in zip(POLICIES, compiled, strict=True):
+        out = np.zeros((1, p.n_requests, kernel.N_SCALARS + 1))
+        detail = np.zeros((1, p.n_requests, kernel.n_counts(8)), np.int64)
+        rows, shared = np.array([policy.row() or [0.0]]), np.array([policy.scope == "engine"])
+        link.interpreted(policy.rule).run(rows, shared, arrays_of(p), np.zeros(detail.shape[-1]), out, detail)
+        assert (ours == detail[0]).all(), policy
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6))
+def test_counts_add_up(seed):
+    """llama.cpp's accounting identity and the histograms: every token comes from a step or an accepted draft."""
+    p = made_up(seed)
+    c = counts(POLICIES, p)
+    widths = c[:, :, kernel.N_SCALARS : kernel.N_SCALARS + 10]
+    catchups = c[:, :, kernel.N_SCALARS + 10 :]
+    tokens, steps, accepted = c[:, :, kernel.TOKENS], c[:, :, kernel.STEPS], c[:, :, kernel.ACCEPTED]
+    assert (tokens == p.n_generated - 1).all()
+    # a request may end inside a verification, on a draft: then that step has no token of its own
+    assert ((tokens - accepted - steps == 0) | (tokens - accepted - steps == -1)).all()
+    assert (widths.sum(-1) == steps).all()
+    assert ((widths * np.arange(10)).sum(-1) == steps + c[:, :, kernel.DRAFTED]).all()
+    assert (catchups.sum(-1) + c[:, :, kernel.LONG_CATCHUPS] == c[:, :, kernel.DRAFT_ROUNDS]).all()
+    assert (c[:, :, kernel.ACCEPTED] <= c[:, :, kernel.DRAFTED]).all()
+    rows = (catchups * np.arange(10)).sum(-1) + c[:, :, kernel.LONG_CATCHUP_ROWS]
+    assert (rows <= p.n_prompt + p.n_generated).all()
+    assert (c[0, :, kernel.DRAFTED] == 0).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6))
+def test_nobody_beats_the_clairvoyant(seed):
+    """No policy takes less time on any request than the clairvoyant optimum, whatever things cost."""
+    p, cost = made_up(seed), made_up_cost(seed)
+    least = clairvoyant_us(p, cost)
+    times = totals(POLICIES, p, cost.prices)[:, :, kernel.N_SCALARS]
+    assert (times >= least * (1 - 1e-9)).all()
+    assert (counts(POLICIES[:1], p)[0] @ cost.no_mtp >= least * (1 - 1e-9)).all()
+
+
+def test_clairvoyant_reaches_what_is_possible():
+    """With drafts always right, decodes free and no room limit, the optimum is the longest draft throughout."""
+    p = made_up(3)
+    cost = made_up_cost(3)
+    perfect = p.match.copy()
+    for r in range(p.n_requests):
+        for g in range(1, p.n_generated[r]):
+            perfect[p.first[r] + g - 1] = min(8, p.n_generated[r] - g)
+    from dataclasses import replace
+
+    p = replace(p, match=perfect)
+    cost.prices[: kernel.N_SCALARS] = 0
+    cost.prices[kernel.N_SCALARS :] = 1.0
+    cost.prices[kernel.N_SCALARS + 10 :] = 0.0
+    cost.no_mtp[:] = cost.prices
+    best = min(totals(parse("static:n_max=8"), p, cost.prices)[0, :, kernel.N_SCALARS])
+    assert clairvoyant_us(p, cost).min() == pytest.approx(best)
+
+
+def test_price_is_the_dot_product():
+    """The time of a walk is its counts times the prices: nothing is added up on the side."""
+    p, cost = made_up(5), made_up_cost(5)
+    assert np.allclose(totals(POLICIES, p, cost.prices)[:, :, kernel.N_SCALARS], counts(POLICIES, p) @ cost.prices)
+
+
+def test_chunks_change_nothing(monkeypatch):
+    """Policies run in chunks; the size of a chunk is invisible."""
+    from tracekit.replay import simulate
+
+    p = made_up(7)
+    whole = counts(POLICIES, p)
+    monkeypatch.setattr(simulate, "_CHUNK_BYTES", 1)
+    assert (counts(POLICIES, p) == whole).all()
+
+
+def test_longer_drafts_than_recorded_are_refused():
+    """A draft length that was never recorded, or timed, is an error and not an extrapolation."""
+    with pytest.raises(TracekitError, match="--n-max 12"):
+        counts([parse_one("static:n_max=12")], made_up(1))
+
+
+def test_unknown_positions_are_counted():
+    """On a trace with gaps, steps that the trace does not determine are counted, and guesses bracket the truth."""
+    truth, gaps = made_up(11), made_up(11, probe=False)
+    assert (gaps.known[gaps.known < ANY].size) > 0
+    policy = parse("static:n_max=6")
+    inexact = counts(policy, gaps)[0, :, kernel.INEXACT].sum()
+    assert inexact > 0
+    assert counts(policy, truth)[0, :, kernel.INEXACT].sum() == 0
+    accepted = [counts(policy, gaps.guess(g))[0, :, kernel.ACCEPTED].sum() for g in ("none", "mean", "all")]
+    assert accepted[0] <= accepted[1] <= accepted[2]
+
+
+def test_rounds_agree_with_counts():
+    """The list of (drafted, accepted) per step adds up to the compiled counts."""
+    p = made_up(13)
+    for policy, c in zip(POLICIES, counts(POLICIES, p), strict=True):
+        for r, steps in enumerate(rounds(policy, p)):
+            assert len(steps) == c[r, kernel.STEPS]
+            assert sum(s[0] for s in steps) == c[r, kernel.DRAFTED]
+            assert sum(s[1] for s in steps) == c[r, kernel.ACCEPTED]
+
+
+def test_edit_of_a_policy_is_never_answered_from_the_cache(tmp_path):
+    """A compiled policy is cached by the hash of its source: an edit is another policy."""
+    from tracekit.policy.rule import rule
+
+    from .test_policies import OWN
+
+    results = []
+    for name, source in (("a.py", OWN), ("b.py", OWN.replace("else -1", "else -2"))):
+        (tmp_path / name).write_text(source)
+        results.append(counts([rule(tmp_path / name)()], made_up(17)))
+    assert (results[0] != results[1]).any()
+
+
+def test_no_cache_folder_gets_one_clear_line(tmp_path, monkeypatch):
+    """A cache that cannot be written is named, with the variable that moves it."""
+    from tracekit.policy.rule import rule
+
+    from .test_policies import OWN
+
+    (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "mine.py").write_text(OWN + "\n# nowhere\n")
+    monkeypatch.setenv("TRACEKIT_CACHE", str(tmp_path / "file"))
+    with pytest.raises(TracekitError, match="TRACEKIT_CACHE"):
+        counts([rule(tmp_path / "mine.py")()], made_up(1))

@@ -1,0 +1,82 @@
+"""The exactness argument on real runs: a probe trace tells, step by step, what the engine will do under any policy."""
+
+from __future__ import annotations
+
+import pytest
+
+from tracekit.engine import Engine
+from tracekit.policy.spec import parse_one
+from tracekit.replay import kernel
+from tracekit.replay.arrays import ANY, positions
+from tracekit.replay.simulate import counts, rounds
+from tracekit.trace.store import open_trace
+
+from .conftest import POLICIES, requests
+
+
+@pytest.mark.parametrize("temp", [0.0, 0.8])
+@pytest.mark.parametrize("text", POLICIES)
+def test_replay_equals_live(engine, probe_traces, temp, text):
+    """For every policy and prompt set, greedy and sampled: the replayed (drafted, accepted) of every step is the live one."""
+    policy = parse_one(text)
+    p = positions(open_trace(probe_traces[temp]))
+    replayed = dict(zip(p.prompt_ids, rounds(policy, p), strict=True))
+    wanted = requests(temp, per_category=2)
+    with Engine(engine.model.path, policy, engine.settings) as fresh:
+        for done in fresh.run(wanted):
+            assert done.rounds == replayed[done.request.prompt_id], done.request.prompt_id
+    assert counts([policy], p)[0][:, kernel.INEXACT].sum() == 0
+
+
+def test_probe_generates_what_the_engine_generates(engine, probe_traces):
+    """The tokens in a probe trace are the ones the model generates without speculation."""
+    for temp, path in probe_traces.items():
+        frame = open_trace(path).frame(
+            """SELECT prompt_id, flatten(list(tokens ORDER BY n_generated)) AS tokens
+               FROM requests JOIN verifications USING (run, request) WHERE arm = 'probe' GROUP BY ALL"""
+        )
+        tokens = dict(frame.iter_rows())
+        for request in requests(temp, per_category=2):
+            done = engine.generate(request.prompt, max_tokens=request.max_tokens, sampling=request.sampling)
+            assert tokens[request.prompt_id] == done.tokens
+
+
+def test_probe_verifies_every_width(probe_traces):
+    """A probe times every batch width and every number of rows to catch up, and its target never chose differently in another width."""
+    trace = open_trace(probe_traces[0.0])
+    seen = trace.frame("SELECT DISTINCT n_drafted AS n FROM requests JOIN verifications USING (run, request) WHERE arm = 'probe'")
+    assert set(seen["n"]) == set(range(7))
+    rows = trace.frame("SELECT DISTINCT n_catchup AS n FROM steps WHERE n_draft_decodes > 0")
+    assert set(range(1, 8)) <= set(rows["n"])
+    end = trace.runs.row(0, named=True)
+    assert end["n_checked"] > 100
+    assert end["n_diverged"] == 0
+
+
+def test_live_trace_replays_its_own_policy_exactly(live_trace):
+    """The policy that was recorded, and any that stays inside what it saw, replays exactly from a live trace."""
+    trace = open_trace(live_trace)
+    p = positions(trace)
+    assert p.mode == "live"
+    recorded = trace.frame(
+        """SELECT prompt_id, list((n_drafted, n_accepted) ORDER BY n_generated) AS rounds
+           FROM requests JOIN verifications USING (run, request) WHERE arm = 'live' AND n_generated > 0 GROUP BY ALL"""
+    )
+    recorded = {k: [tuple(x.values()) for x in v] for k, v in recorded.iter_rows()}
+    policy = parse_one("fallback:n_max=6,min_ratio=0.4")
+    assert dict(zip(p.prompt_ids, rounds(policy, p), strict=True)) == recorded
+    stricter = parse_one("fallback:n_max=6,min_ratio=0.8")
+    assert counts([policy, stricter, parse_one("off")], p)[:, :, kernel.INEXACT].sum() == 0
+
+
+def test_live_trace_brackets_what_it_does_not_know(live_trace, probe_traces):
+    """Where a live trace has to guess it says so, and the truth lies between its guesses."""
+    live, probe = positions(open_trace(live_trace)), positions(open_trace(probe_traces[0.0]))
+    assert (live.known < ANY).any()
+    policy = parse_one("static:n_max=3")
+    order = [probe.prompt_ids.index(i) for i in live.prompt_ids]
+    truth = counts([policy], probe)[0][order][:, kernel.ACCEPTED].sum()
+    inexact = counts([policy], live)[0][:, kernel.INEXACT].sum()
+    low, high = (counts([policy], live.guess(g))[0][:, kernel.ACCEPTED].sum() for g in ("none", "all"))
+    assert inexact > 0
+    assert low <= truth <= high

@@ -1,0 +1,37 @@
+"""``tracekit demo``: the whole loop on the reference model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tracekit.cli import options, out
+
+
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="Where models, traces, policies and the picture go.")] = Path("demo"),
+    layers: Annotated[int, typer.Option("--layers", help="Trunk layers of the expanded reference model.")] = 64,
+    max_tokens: options.MaxTokens = 96,
+    temp: options.Temp = 0.7,
+    repeats: Annotated[int, typer.Option("--repeats", help="Live runs of every held-out prompt under every arm.")] = 2,
+    prompts_per_category: Annotated[int, typer.Option("--prompts", help="Prompts per category; 0: all that ship.")] = 0,
+    seed: options.Seed = 0,
+    threads: options.Threads = 0,
+    force: options.Force = False,
+) -> None:
+    """Record, replay, tune, apply and verify on the reference model: should it speculate, how, and how sure are we?"""
+    from tracekit.demo import Plan, run
+    from tracekit.report import pictures, tables
+
+    plan = Plan(output, layers, max_tokens, temp, repeats, prompts_per_category, seed, threads, force)
+    story = run(plan, out.say, out.progress)
+    for head in story.heads:
+        out.print_table(tables.verdict_table(head.verdict, title=f"{head.name} head"))
+        print(head.verdict.sentence)
+        print(head.tuned.evidence.advice)
+        print()
+    out.wrote(pictures.save(pictures.verdict_chart(story.frame), output / "verdict.png"))
+    for path in story.files:
+        out.wrote(path)

@@ -1,0 +1,77 @@
+"""``tracekit generate``: one prompt, under a policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tracekit.cli import options, out
+
+
+def generate(
+    model: options.ModelFile,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue; - reads standard input.")],
+    policy: Annotated[str, typer.Option("--policy", help="A policy, or a policy file (policy.toml).")] = "off",
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="End at this text (may be given again).")] = None,
+    trace: Annotated[Path | None, typer.Option("--trace", metavar="FILE", help="Also record it (DuckDB).")] = None,
+    max_tokens: options.MaxTokens = 128,
+    temp: options.Temp = 0.0,
+    seed: options.Seed = 0,
+    n_max: options.NMax = 8,
+    draft_model: options.DraftModel = None,
+    ctx_size: options.CtxSize = 1024,
+    batch_size: options.BatchSize = 512,
+    threads: options.Threads = 0,
+    gpu_layers: options.GpuLayers = -1,
+    cache_type_k: options.CacheTypeK = "f16",
+    cache_type_v: options.CacheTypeV = "f16",
+    flash_attn: options.FlashAttn = "auto",
+    force: options.Force = False,
+    json: options.Json = False,
+) -> None:
+    """Generate text for one prompt with the live engine."""
+    import sys
+
+    from tracekit.policy.spec import parse_one
+
+    chosen = parse_one(policy)
+
+    from tracekit.engine import Engine, Sampling
+
+    settings = options.settings(n_max, ctx_size, batch_size, threads, gpu_layers, 1, cache_type_k, cache_type_v, flash_attn)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    wanted = {"max_tokens": max_tokens, "sampling": Sampling(temp=temp, seed=seed), "stop": tuple(stop or ())}
+    mtp = chosen.name != "off"
+    out.show_log()
+    with Engine(model, chosen, settings, draft_model if mtp else None, mtp=mtp, trace=trace, force=force) as engine:
+        if json:
+            done = engine.generate(text, **wanted)
+        else:
+            for part in engine.stream(text, **wanted):
+                if isinstance(part, str):
+                    print(part, end="", flush=True)
+                else:
+                    done = part
+            print()
+    facts = {
+        "policy": chosen.label,
+        "stop": done.stop,
+        "n_prompt": done.n_prompt,
+        "n_generated": len(done.tokens),
+        "tokens_per_second": round(done.tokens_per_second, 2),
+        "verifications": done.verifications,
+        "drafted": done.drafted,
+        "accepted": done.accepted,
+        "trips": done.trips,
+    }
+    if json:
+        out.print_json(facts | {"text": done.text, "tokens": done.tokens})
+    else:
+        out.say(
+            f"{facts['n_generated']} tokens after a prompt of {facts['n_prompt']}, {facts['tokens_per_second']} tokens/s "
+            f"(one run), {facts['accepted']} of {facts['drafted']} drafts accepted in {facts['verifications']} verifications"
+        )
+    if trace is not None:
+        out.wrote(trace)

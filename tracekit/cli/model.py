@@ -1,0 +1,62 @@
+"""``tracekit model``: the reference model as a GGUF file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tracekit.cli import options, out
+
+app = typer.Typer(help="The reference model: small, ours, and expandable.", no_args_is_help=True)
+
+
+@app.command("build")
+def build(
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The GGUF file to write.")],
+    layers: Annotated[int | None, typer.Option("--layers", help="Trunk layers: identity layers are added.")] = None,
+    width: Annotated[int | None, typer.Option("--width", help="Channels: times a power of four, exactly.")] = None,
+    misaligned: Annotated[bool, typer.Option("--misaligned", help="Break the drafter: near-zero acceptance.")] = False,
+    sidecar: Annotated[bool, typer.Option("--sidecar", help="The drafter alone, for --draft-model.")] = False,
+    dtype: Annotated[str, typer.Option("--type", help="Type of the matrices: f16 or f32.")] = "f16",
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the values that do not contribute.")] = 0,
+    force: options.Force = False,
+    json: options.Json = False,
+) -> None:
+    """Write the reference model, as it is or expanded; expansion keeps its output and raises its cost."""
+    _need_gguf()
+    from tracekit.model.build import build as build_model
+    from tracekit.model.build import inspect
+
+    with out.progress("tensors") as update:
+        path = build_model(output, layers, width, misaligned, sidecar, dtype, seed, force=force, progress=update)
+    if json:
+        out.print_json(inspect(path))
+    out.wrote(path)
+
+
+@app.command("inspect")
+def inspect(model: options.ModelFile, json: options.Json = False) -> None:
+    """Sizes, NextN layers and provenance of a GGUF file, without loading it."""
+    _need_gguf()
+    from tracekit.model.build import inspect as look
+
+    facts = look(model)
+    if json:
+        out.print_json(facts)
+        return
+    notes = facts.pop("notes")
+    for key, value in facts.items():
+        print(f"{key:18s} {value}")
+    for key, value in notes.items():
+        print(f"{key:18s} {value}")
+
+
+def _need_gguf() -> None:
+    from importlib.util import find_spec
+
+    from tracekit.errors import EngineMissing
+
+    if find_spec("gguf") is None:
+        raise EngineMissing("GGUF files need the package gguf: pip install 'tracekit[engine]'")

@@ -1,0 +1,78 @@
+"""Printing: tables and JSON to standard output, progress and messages to standard error."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def print_table(table: Table) -> None:
+    """Print a table; to a pipe, as wide as it needs to be."""
+    from rich.console import Console
+
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console.print(table)
+
+
+def print_json(content: Any) -> None:
+    """Print JSON on standard output; Polars and NumPy values as plain ones."""
+    json.dump(content, sys.stdout, indent=2, default=_plain, allow_nan=False)
+    sys.stdout.write("\n")
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def say(message: str) -> None:
+    """A line for the person watching, on standard error."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def wrote(path: Path) -> None:
+    """The last line of a verb that wrote a file."""
+    print(f"Wrote {path}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar with the time left, on a terminal; elsewhere a line every ten seconds. Yields ``update(done, total)``."""
+    import time
+
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(what, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    started = said = time.monotonic()
+
+    def update(done: int, total: int) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said >= 10 and 0 < done < total:
+            said = now
+            say(f"{what}: {done}/{total}, {(now - started) / done * (total - done):.0f} s left")
+
+    yield update
+
+
+def show_log() -> None:
+    """Show the engine's messages (a tripped policy, a recording that stopped) on standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("tracekit.engine")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False

@@ -1,0 +1,49 @@
+"""``tracekit replay``: what any policy would have done on a trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tracekit.cli import options, out
+
+_POLICIES = "off,static:n_max=1,static:n_max=2,static:n_max=4,static:n_max=8,fallback"
+
+
+def replay(
+    trace: options.TraceArgument,
+    policy: Annotated[
+        str, typer.Option("--policy", help="Policies; lists and ranges sweep: fallback:n_max=4,8,min_ratio=0.5..0.9/0.05")
+    ] = _POLICIES,
+    cost: Annotated[
+        Path | None, typer.Option("--cost", metavar="TRACE", help="Take the times from another trace (another machine).")
+    ] = None,
+    sort: Annotated[bool, typer.Option("--sort", help="Fastest first.")] = False,
+    plot: options.Plot = None,
+    json: options.Json = False,
+) -> None:
+    """Replay a trace under any policy: token-exact counts, predicted speed with its interval, regret."""
+    from tracekit.policy.spec import parse
+    from tracekit.replay.arrays import positions
+    from tracekit.replay.costs import fit
+    from tracekit.replay.league import League
+    from tracekit.report import pictures, tables
+    from tracekit.trace.store import open_trace
+
+    policies = parse(policy)
+    source = open_trace(trace)
+    pictures.check(plot)
+    other = fit(open_trace(cost), positions(source).n_max) if cost else None
+    league = League(source, other)
+    frame = league.table(policies)
+    if sort:
+        frame = frame.sort("tokens_per_second", descending=True)
+    if json:
+        out.print_json(tables.with_references(frame, league))
+    else:
+        out.print_table(tables.league_table(frame, league))
+        print(tables.league_note(league))
+    if plot:
+        out.wrote(pictures.save(pictures.league_chart(frame, league), plot))

@@ -1,0 +1,22 @@
+"""``tracekit stats``: what happened in a trace."""
+
+from __future__ import annotations
+
+from tracekit.cli import options, out
+
+
+def stats(trace: options.TraceArgument, json: options.Json = False) -> None:
+    """What happened: acceptance per position, tau, amplification, where time went, the baselines."""
+    from tracekit.report import tables
+    from tracekit.report.stats import summarise
+    from tracekit.trace.store import open_trace
+
+    summary = summarise(open_trace(trace))
+    if json:
+        out.print_json(summary.as_json())
+        return
+    print(summary.headline)
+    for table in tables.stats_tables(summary):
+        out.print_table(table)
+    for line in summary.notes:
+        print(line)

@@ -1,0 +1,94 @@
+"""``tracekit verify``: predicted against live."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tracekit.cli import options, out
+
+
+def verify(
+    model: options.ModelFile,
+    policy_file: Annotated[Path, typer.Argument(metavar="POLICY", help="The policy file that `tune` wrote, or a policy.")],
+    prompts: options.PromptsFile = "heldout",
+    trace: Annotated[
+        Path | None,
+        typer.Option("--trace", metavar="FILE", help="Take the times from this trace instead of a probe of the prompts: does it still hold?"),
+    ] = None,
+    repeats: Annotated[int, typer.Option("--repeats", help="Live runs of every prompt under every arm.")] = 3,
+    max_tokens: options.MaxTokens = 128,
+    temp: options.Temp = 0.0,
+    seed: options.Seed = 0,
+    n_max: options.NMax = 8,
+    draft_model: options.DraftModel = None,
+    ctx_size: options.CtxSize = 1024,
+    batch_size: options.BatchSize = 512,
+    threads: options.Threads = 0,
+    gpu_layers: options.GpuLayers = -1,
+    cache_type_k: options.CacheTypeK = "f16",
+    cache_type_v: options.CacheTypeV = "f16",
+    flash_attn: options.FlashAttn = "auto",
+    plot: options.Plot = None,
+    json: options.Json = False,
+) -> None:
+    """Run held-out prompts live under no MTP, the naive static policies, the fallback and the tuned policy; compare with the prediction."""
+    import polars as pl
+
+    from tracekit.errors import TracekitError
+    from tracekit.model.prompt_sets import load
+    from tracekit.policy import file, spec
+    from tracekit.replay.costs import fit
+    from tracekit.report import pictures, tables
+    from tracekit.trace.store import open_trace
+
+    if repeats < 1:
+        raise TracekitError(f"--repeats {repeats}: 1 or more")
+    pictures.check(plot)
+    text = str(policy_file)
+    tuned = file.read(text) if text.endswith(".toml") else file.PolicyFile(spec.parse_one(text))
+    loaded = load(prompts)
+    cost = fit(open_trace(trace), n_max) if trace else None
+
+    from tracekit.engine import Request, Sampling
+    from tracekit.engine.model import sha256_of
+    from tracekit.engine.provenance import device_name
+    from tracekit.verify import standard_arms
+    from tracekit.verify import verify as run
+
+    if tuned.evidence is not None:
+        if tuned.evidence.model_sha256 != sha256_of(model):
+            out.say(f"warning: {model} is not the file that {text} was tuned on (its hash differs); tune again for this model")
+        if tuned.evidence.device != device_name():
+            out.say(f"warning: {text} was tuned on {tuned.evidence.device}, this is {device_name()}; record and tune here")
+    settings = options.settings(n_max, ctx_size, batch_size, threads, gpu_layers, 1, cache_type_k, cache_type_v, flash_attn)
+    requests = [
+        Request(p.prompt, max_tokens, Sampling(temp=temp, seed=seed + i), prompt_id=p.id, category=p.category)
+        for i, p in enumerate(loaded)
+    ]
+    with out.progress("probing, then measuring") as update:
+        verdict = run(
+            model, standard_arms(tuned.policy, n_max), requests, settings, draft_model, repeats, cost, seed,
+            lambda _, done, total: update(done, total),
+        )  # fmt: skip  # what is run, then how
+    if json:
+        out.print_json(
+            {
+                "arms": verdict.arms.to_dicts(),
+                "median_error_ratio": verdict.median_error_ratio,
+                "ranking_tau": verdict.ranking_tau,
+                "lossless": verdict.lossless,
+                "repeats": verdict.repeats,
+                "n_tokens": verdict.n_tokens,
+            }
+        )
+    else:
+        out.print_table(tables.verdict_table(verdict))
+        print(verdict.sentence)
+        if tuned.evidence is not None:
+            e = tuned.evidence
+            print(f"tuned for {e.speedup:.3f} x no MTP ({e.speedup_low:.3f} - {e.speedup_high:.3f}) on {e.n_requests} other prompts")
+    if plot:
+        out.wrote(pictures.save(pictures.verdict_chart(verdict.arms.with_columns(head=pl.lit(model.name))), plot))

@@ -1,0 +1,110 @@
+"""Results as pictures: Altair charts, saved as PNG or SVG without a browser, or as an HTML page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import polars as pl
+
+from tracekit.errors import TracekitError
+
+if TYPE_CHECKING:
+    import altair as alt
+
+    from tracekit.replay.costs import CostModel
+    from tracekit.replay.league import League
+
+_FORMATS = (".png", ".svg", ".html")
+_BLUE, _GREY, _RED, _GREEN = "#2f6f9f", "#9aa5b1", "#c0504d", "#4f9d69"
+
+
+def check(path: Path | None) -> None:
+    """Raise :class:`TracekitError` where a picture could not be saved under this name."""
+    if path is not None and path.suffix not in _FORMATS:
+        raise TracekitError(f"{path}: a picture ends in {', '.join(_FORMATS)}")
+
+
+def save(chart: alt.TopLevelMixin, path: str | Path) -> Path:
+    """Save ``chart``; PNG at twice the size."""
+    path = Path(path)
+    check(path)
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        chart.save(str(partial), **({"scale_factor": 2} if path.suffix == ".png" else {}))
+        partial.replace(path)
+    except OSError as error:
+        raise TracekitError(f"{path}: {error.strerror}") from None
+    return path
+
+
+def league_chart(frame: pl.DataFrame, league: League) -> alt.LayerChart:
+    """Predicted speed of each policy with its interval; lines at no MTP and at the clairvoyant optimum."""
+    import altair as alt
+
+    rows = frame.select("policy", "tokens_per_second", "tokens_per_second_low", "tokens_per_second_high")
+    base = alt.Chart(rows).encode(y=alt.Y("policy:N", sort=None, title=None))
+    bars = base.mark_bar(color=_BLUE).encode(x=alt.X("tokens_per_second:Q", title="tokens/s, predicted (95 % interval)"))
+    errors = base.mark_errorbar(color="black").encode(
+        x=alt.X("tokens_per_second_low:Q", title=""), x2="tokens_per_second_high:Q"
+    )
+    optimum = float(1e6 * league.tokens.sum() / league.clairvoyant_us.sum())
+    lines = pl.DataFrame({"x": [league.no_mtp_speed().value, optimum], "reference": ["no MTP", "clairvoyant optimum"]})
+    scale = alt.Scale(domain=["no MTP", "clairvoyant optimum"], range=[_RED, _GREEN])
+    rules = alt.Chart(lines).mark_rule(strokeDash=[4, 3], size=2).encode(x="x:Q", color=alt.Color("reference:N", scale=scale, title=None))
+    return (bars + errors + rules).properties(width=520, title=f"Policies on {league.trace.path.name}")
+
+
+def acceptance_chart(acceptance: pl.DataFrame) -> alt.LayerChart:
+    """How often the first k drafts are all right, by category (:func:`tracekit.report.stats.acceptance_by_position`)."""
+    import altair as alt
+
+    base = alt.Chart(acceptance).encode(
+        x=alt.X("position:O", title="draft"), color=alt.Color("category:N", title=None)
+    )
+    lines = base.mark_line(point=True).encode(y=alt.Y("ratio:Q", title="right, with all before it", scale=alt.Scale(domain=[0, 1])))
+    bands = base.mark_area(opacity=0.12).encode(y=alt.Y("low:Q", title=""), y2="high:Q")
+    return (bands + lines).properties(width=380, height=260, title="Acceptance by position (95 %)")
+
+
+def cost_chart(cost: CostModel) -> alt.Chart:
+    """Median measured time of a target decode by batch width, and of a first MTP decode by rows caught up."""
+    import altair as alt
+
+    cells = cost.cells.filter(pl.col("size") <= cost.n_max + 1).with_columns(ms=pl.col("median_us") / 1000)
+    return (
+        alt.Chart(cells)
+        .mark_line(point=True)
+        .encode(
+            x=alt.X("size:O", title="batch width, or rows caught up"),
+            y=alt.Y("ms:Q", title="median ms"),
+            color=alt.Color("cost:N", title=None),
+            tooltip=["cost", "size", "n", "ms"],
+        )
+        .properties(width=380, height=260, title="What a decode costs")
+    )
+
+
+def verdict_chart(rows: pl.DataFrame) -> alt.FacetChart:
+    """Predicted and measured speed of every arm, one panel per ``head`` (columns of :class:`tracekit.verify.Verdict`, and ``head``)."""
+    import altair as alt
+
+    kinds = [
+        rows.select("head", "arm", pl.lit(kind).alias("kind"), value=pl.col(kind), low=pl.col(f"{kind}_low"), high=pl.col(f"{kind}_high"))
+        for kind in ("predicted", "measured")
+    ]
+    order = rows["arm"].unique(maintain_order=True).to_list()
+    base = alt.Chart(pl.concat(kinds)).encode(
+        y=alt.Y("arm:N", sort=order, title=None), yOffset=alt.YOffset("kind:N", sort=["predicted", "measured"])
+    )
+    scale = alt.Scale(domain=["predicted", "measured"], range=[_GREY, _BLUE])
+    bars = base.mark_bar().encode(
+        x=alt.X("value:Q", title="tokens/s (95 % interval)"), color=alt.Color("kind:N", scale=scale, title=None)
+    )
+    errors = base.mark_errorbar(color="black").encode(x=alt.X("low:Q", title="tokens/s (95 % interval)"), x2="high:Q")
+    return (
+        (bars + errors)
+        .properties(width=340)
+        .facet(column=alt.Column("head:N", sort=None, title=None))
+        .properties(title="Should this model speculate? Predicted against measured")
+    )

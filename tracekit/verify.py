@@ -1,0 +1,171 @@
+"""Predicted against live: the loop closes, or shows where it does not.
+
+The prompts are probed first; every arm's trajectory and speed is predicted by replaying that probe. Then every prompt runs live under every arm,
+one arm after the other in random order and several times over, so that a machine that drifts drifts for all of them.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from scipy.stats import kendalltau
+
+from tracekit.engine import Completion, Engine, Probe, Request, Settings
+from tracekit.engine.record import record
+from tracekit.policy.rule import Policy, rule
+from tracekit.replay.costs import CostModel
+from tracekit.replay.league import League
+from tracekit.replay.simulate import rounds
+from tracekit.trace.store import open_trace
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of running the model. ``policy`` None: without MTP."""
+
+    name: str
+    policy: Policy | None
+
+    @property
+    def label(self) -> str:
+        return "no MTP" if self.policy is None else self.policy.label
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was predicted and what was measured.
+
+    ``arms``: one row per arm: ``arm, policy, predicted, measured`` (tokens/s, each with ``_low`` and ``_high``, 95 %), ``error_ratio``
+    (predicted over measured, minus 1), ``predicted_speedup``, ``measured_speedup``, ``spread_ratio`` (half the range of whole repeats over their
+    median: the measurement's own noise), ``equal_requests`` of ``n_requests`` whose steps were exactly the predicted ones.
+    ``ranking_tau``: Kendall's tau between predicted and measured order. ``lossless``: every arm generated the same tokens.
+    """
+
+    arms: pl.DataFrame
+    ranking_tau: float
+    lossless: bool
+    repeats: int
+    n_tokens: int
+
+    @property
+    def median_error_ratio(self) -> float:
+        """Median absolute relative error of the predicted speeds over the arms."""
+        return float(self.arms["error_ratio"].abs().median())
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in one line."""
+        equal, n = self.arms["equal_requests"].sum(), self.arms["n_requests"].sum()
+        return (
+            f"median |predicted - measured| {100 * self.median_error_ratio:.1f} % over {self.arms.height} arms "
+            f"(repeats of a measurement differ by {100 * self.arms['spread_ratio'].median():.1f} %), ranking agreement tau = {self.ranking_tau:.2f}, "
+            f"steps exactly as predicted in {equal} of {n} requests, tokens {'equal' if self.lossless else 'NOT equal'} under every arm "
+            f"({self.repeats} repeats, {self.n_tokens} tokens per arm)"
+        )
+
+
+def standard_arms(tuned: Policy | None, n_max: int) -> list[Arm]:
+    """No MTP, the naive fixed lengths, the seed's fallback, and the tuned policy where there is one."""
+    arms = [
+        Arm("no MTP", None),
+        Arm(f"naive n_max={n_max}", rule("static")(n_max=n_max)),
+        Arm("n_max=1", rule("static")(n_max=1)),
+        Arm("fallback", rule("fallback")(n_max=n_max)),
+    ]
+    if tuned is not None:
+        arms.append(Arm("tuned", None if tuned == rule("off")() else tuned))
+    return arms
+
+
+def verify(
+    model: str | Path,
+    arms: Sequence[Arm],
+    requests: Sequence[Request],
+    settings: Settings,
+    draft_model: str | Path | None = None,
+    repeats: int = 3,
+    cost: CostModel | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Verdict:
+    """Run ``requests`` (with distinct prompt ids) under ``arms``, predicted and live, on one slot.
+
+    ``cost`` prices the prediction; without it the probe's own timings do. The first arm must be the one without MTP.
+    """
+    settings = replace(settings, n_slots=1)
+    with tempfile.TemporaryDirectory(prefix="tracekit-") as folder:
+        path = Path(folder) / "probe.duckdb"
+        with Engine(model, None, settings, draft_model, trace=path, probe=Probe(settings.n_max, seed)) as engine:
+            record(engine, requests, baseline=True, progress=progress and (lambda done, total: progress("probing", done, total)))
+        league = League(open_trace(path), cost)
+    with Engine(model, None, settings, draft_model) as engine:
+        runs = _live(engine, arms, requests, repeats, seed, progress)
+    return _judge(league, arms, requests, runs, repeats)
+
+
+def _live(engine: Engine, arms: Sequence[Arm], requests: Sequence[Request], repeats: int, seed: int, progress: Progress | None) -> dict[tuple[int, int, int], Completion]:
+    """``(arm, request, repeat) -> completion``, arms interleaved within each prompt."""
+    rng, runs = random.Random(seed), {}
+    total = repeats * len(requests) * len(arms)
+    for repeat in range(repeats):
+        for r, request in enumerate(requests):
+            for a in rng.sample(range(len(arms)), len(arms)):
+                policy = arms[a].policy
+                engine.set_arm(mtp=policy is not None)
+                (runs[a, r, repeat],) = engine.run([replace(request, policy=policy or rule("off")())])
+                if progress:
+                    progress("measuring", len(runs), total)
+    return runs
+
+
+def _judge(league: League, arms: Sequence[Arm], requests: Sequence[Request], runs: dict, repeats: int) -> Verdict:
+    order = {prompt_id: i for i, prompt_id in enumerate(league.positions.prompt_ids)}
+    known = [r for r, request in enumerate(requests) if request.prompt_id in order]
+    places = np.array([order[requests[r].prompt_id] for r in known])
+    tokens = float(league.tokens[places].sum())
+    rows, lossless = [], True
+    for a, arm in enumerate(arms):
+        times = np.array([[runs[a, r, k].generate_us for k in range(repeats)] for r in known], float)
+        lossless &= all(runs[a, r, k].tokens == runs[0, r, 0].tokens for r in known for k in range(repeats))
+        predicted = league.speed_of_these(arm.policy)
+        steps = rounds(arm.policy or rule("off")(), league.positions)
+        whole = 1e6 * tokens / times.sum(0)
+        low, high = _repeat_interval(times, tokens)
+        rows.append(
+            {
+                "arm": arm.name,
+                "policy": arm.label,
+                "predicted": predicted.value,
+                "predicted_low": predicted.low,
+                "predicted_high": predicted.high,
+                "measured": 1e6 * tokens / np.median(times, 1).sum(),
+                "measured_low": low,
+                "measured_high": high,
+                "spread_ratio": float((whole.max() - whole.min()) / 2 / np.median(whole)),
+                "equal_requests": sum(runs[a, r, 0].rounds == steps[order[requests[r].prompt_id]] for r in known),
+                "n_requests": len(known),
+            }
+        )
+    frame = pl.DataFrame(rows).with_columns(
+        error_ratio=pl.col("predicted") / pl.col("measured") - 1,
+        predicted_speedup=pl.col("predicted") / rows[0]["predicted"],
+        measured_speedup=pl.col("measured") / rows[0]["measured"],
+    )
+    return Verdict(frame, float(kendalltau(frame["predicted"], frame["measured"]).statistic), lossless, repeats, int(tokens))
+
+
+def _repeat_interval(times: np.ndarray, tokens: float) -> tuple[float, float]:
+    """95 % interval of the measured speed: repeats drawn again for every request; ``times`` float64 ``[n_requests, n_repeats]``."""
+    rng = np.random.default_rng(0)
+    n, k = times.shape
+    speeds = [1e6 * tokens / np.median(times[np.arange(n)[:, None], rng.integers(0, k, (n, k))], 1).sum() for _ in range(400)]
+    return float(np.quantile(speeds, 0.025)), float(np.quantile(speeds, 0.975))
+

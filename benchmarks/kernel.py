@@ -2,7 +2,8 @@
 
     python benchmarks/kernel.py [--positions 1000000]
 
-The C loop does the same bookkeeping (histograms, sums over context, catch-up) by hand for one policy; `cc` must be there.
+The C loop does the same bookkeeping (histograms, sums over context, catch-up) by hand for one policy; `cc` must be
+there.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ C_SOURCE = r"""
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 /* policy 0: static; 1: fallback with ratio, zero-accept trip and resumption */
 void walk(int policy, double n_max_f, double min_ratio, int zero_trip, int64_t resume_after,
-          int64_t n_requests, const int64_t *first, const int64_t *n_generated, const int64_t *n_prompt, const int64_t *max_tokens,
-          const int64_t *n_ctx, const uint8_t *match, const uint8_t *known, int64_t *out, int64_t n_counts, int64_t widths) {
+          int64_t n_requests, const int64_t *first, const int64_t *n_generated, const int64_t *n_prompt,
+          const int64_t *max_tokens, const int64_t *n_ctx, const uint8_t *match, const uint8_t *known,
+          int64_t *out, int64_t n_counts, int64_t widths) {
     int64_t n_max = (int64_t) n_max_f;
     for (int64_t r = 0; r < n_requests; r++) {
         int64_t *counts = out + r * n_counts, g = 1, behind = n_prompt[r] + 1, before = 0;
@@ -40,7 +42,8 @@ void walk(int policy, double n_max_f, double min_ratio, int zero_trip, int64_t r
         bool tripped = false, judged = false;
         while (g < n_generated[r]) {
             int64_t past = n_prompt[r] + g - 1, left = max_tokens[r] - g;
-            int64_t asked = policy && tripped ? 0 : n_max, n = MIN(asked, MIN(n_ctx[r] - past - 2, left - 1)), drafted = 0, accepted = 0;
+            int64_t asked = policy && tripped ? 0 : n_max, n = MIN(asked, MIN(n_ctx[r] - past - 2, left - 1));
+            int64_t drafted = 0, accepted = 0;
             if (n > 0) {
                 int64_t p = first[r] + g - 1;
                 drafted = n;
@@ -65,7 +68,8 @@ void walk(int policy, double n_max_f, double min_ratio, int zero_trip, int64_t r
             }
             g += emitted; behind += emitted;
         }
-        int64_t s[14] = {steps, ver, drafted_all, acc_all, n_generated[r] - 1, rounds, decodes, trips, inexact, past_all, past_width, past_draft, lc, lr};
+        int64_t s[14] = {steps, ver, drafted_all, acc_all, n_generated[r] - 1, rounds, decodes, trips, inexact,
+                         past_all, past_width, past_draft, lc, lr};
         for (int i = 0; i < 14; i++) counts[i] = s[i];
     }
 }
@@ -97,7 +101,9 @@ def positions(total: int, seed: int = 0) -> Positions:
 def c_walk(folder: Path):
     """The C loop, compiled with ``cc -O3``."""
     (folder / "walk.c").write_text(C_SOURCE)
-    subprocess.run(["cc", "-O3", "-march=native", "-shared", "-fPIC", "-o", folder / "walk.so", folder / "walk.c"], check=True)
+    subprocess.run(
+        ["cc", "-O3", "-march=native", "-shared", "-fPIC", "-o", folder / "walk.so", folder / "walk.c"], check=True
+    )
     return ctypes.CDLL(str(folder / "walk.so")).walk
 
 
@@ -109,7 +115,10 @@ def main() -> None:
     p = positions(args.positions)
     few = positions(20_000)
     size = kernel.n_counts(N_MAX)
-    print(f"{len(p.match)} positions, {p.n_requests} requests, arrays of {p.n_bytes / 1e6:.0f} MB; one core, {args.repeats} repeats, medians (range)")
+    print(
+        f"{len(p.match)} positions, {p.n_requests} requests, arrays of {p.n_bytes / 1e6:.0f} MB; one core, "
+        f"{args.repeats} repeats, medians (range)"
+    )
     print(f"{'policy':44s} {'M verifications/s':>26s} {'M steps/s':>12s} {'x C -O3':>24s} {'x interpreted':>14s}")
     with tempfile.TemporaryDirectory() as folder:
         walk = c_walk(Path(folder))
@@ -136,11 +145,15 @@ def row(policy: Policy, c_arguments: tuple | None, p: Positions, few: Positions,
 
     def theirs() -> tuple[np.ndarray, float]:
         out = np.zeros((p.n_requests, size), np.int64)
-        pointers = [a.ctypes.data_as(ctypes.c_void_p) for a in (p.first, p.n_generated, p.n_prompt, p.max_tokens, p.n_ctx, p.match, p.known)]
+        pointers = [
+            a.ctypes.data_as(ctypes.c_void_p)
+            for a in (p.first, p.n_generated, p.n_prompt, p.max_tokens, p.n_ctx, p.match, p.known)
+        ]
         kind, n, ratio, zero, resume = c_arguments
         started = time.perf_counter()
         walk(
-            kind, ctypes.c_double(n), ctypes.c_double(ratio), zero, ctypes.c_int64(resume), ctypes.c_int64(p.n_requests), *pointers,
+            kind, ctypes.c_double(n), ctypes.c_double(ratio), zero, ctypes.c_int64(resume),
+            ctypes.c_int64(p.n_requests), *pointers,
             out.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(size), ctypes.c_int64(N_MAX + 2),
         )  # fmt: skip  # one call of C
         return out, time.perf_counter() - started
@@ -162,7 +175,10 @@ def row(policy: Policy, c_arguments: tuple | None, p: Positions, few: Positions,
     against_c = [c / m for c, m in zip(c_times, mine, strict=True)] if c_times else []
     c_text = f"{statistics.median(against_c):.2f} ({min(against_c):.2f} - {max(against_c):.2f})" if against_c else "-"
     speed_text = f"{statistics.median(speeds):.0f} ({min(speeds):.0f} - {max(speeds):.0f})"
-    print(f"{policy.label:44s} {speed_text:>26s} {steps / statistics.median(mine) / 1e6:12.0f} {c_text:>24s} {slow / fast:14.0f}")
+    print(
+        f"{policy.label:44s} {speed_text:>26s} {steps / statistics.median(mine) / 1e6:12.0f} {c_text:>24s} "
+        f"{slow / fast:14.0f}"
+    )
 
 
 if __name__ == "__main__":

@@ -3,27 +3,40 @@
     python benchmarks/llama_server.py --server PATH/llama-server MODEL.gguf [MODEL2.gguf ...]
 
 Build the server from the source that llama-cpp-python was built from: `benchmarks/build_llama_server.sh FOLDER`.
-Speeds are tokens after the first per second of generation, as each side reports it.
+Speeds are tokens after the first per second of generation, as each side reports it; catching up the prompt in the MTP
+context counts as reading the prompt on both sides, hence the last column for the whole request.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import socket
-import statistics
 import subprocess
 import time
 import urllib.request
+from collections import defaultdict
 from contextlib import ExitStack
+from typing import NamedTuple
 
-from common import interleaved, middle, ratio
+from common import middle, ratio
+
 from tracekit.engine import Engine, Settings
 from tracekit.model.prompt_sets import load
 from tracekit.policy.rule import rule
 
 LENGTHS = (0, 1, 4, 8)
 N_CTX = 512  # llama-server caps a slot at the trained context
+
+
+class Run(NamedTuple):
+    """One request on either side."""
+
+    tokens: list[int]
+    drafts: tuple[int, int]
+    prompt_ms: float
+    generate_ms: float
 
 
 class Server:
@@ -33,7 +46,21 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        command = [binary, "-m", model, "--port", str(self.port), "-c", str(N_CTX), "-np", "1", "-t", str(threads), "--cache-ram", "0"]
+        command = [
+            binary,
+            "-m",
+            model,
+            "--port",
+            str(self.port),
+            "-c",
+            str(N_CTX),
+            "-np",
+            "1",
+            "-t",
+            str(threads),
+            "--cache-ram",
+            "0",
+        ]
         if n_max:
             command += ["--spec-type", "draft-mtp", "--spec-draft-n-max", str(n_max)]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -47,7 +74,13 @@ class Server:
 
     def generate(self, tokens: list[int], n_predict: int) -> dict:
         """llama-server's answer to a greedy completion of ``tokens``."""
-        body = {"prompt": tokens, "n_predict": n_predict, "temperature": 0, "cache_prompt": False, "return_tokens": True}
+        body = {
+            "prompt": tokens,
+            "n_predict": n_predict,
+            "temperature": 0,
+            "cache_prompt": False,
+            "return_tokens": True,
+        }
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
@@ -80,43 +113,53 @@ def compare(model: str, args: argparse.Namespace) -> None:
         engine = stack.enter_context(Engine(model, settings=settings))
         servers = {n: stack.enter_context(Server(args.server, model, n, settings.threads)) for n in LENGTHS}
         prompts = [engine.model.tokenize(p.prompt) for p in load(args.prompts)[:: args.every]]
-        equal, compared = 0, 0
 
-        def ours(n: int) -> float:
+        def ours(n: int, prompt: list[int]) -> Run:
             engine.set_arm(mtp=n > 0)
-            done = [engine.generate(p, max_tokens=args.max_tokens, policy=rule("static")(n_max=n)) for p in prompts]
-            last[n] = done
-            return 1e6 * sum(len(d.tokens) - 1 for d in done) / sum(d.generate_us for d in done)
+            d = engine.generate(prompt, max_tokens=args.max_tokens, policy=rule("static")(n_max=n))
+            return Run(d.tokens, (d.drafted, d.accepted), (d.prompt_us + d.catchup_us) / 1e3, d.generate_us / 1e3)
 
-        def theirs(n: int) -> float:
-            nonlocal equal, compared
-            done = [servers[n].generate(p, args.max_tokens) for p in prompts]
-            for a, b in zip(last.get(n, []), done, strict=False):
-                same = a.tokens[: len(b["tokens"])] == b["tokens"]
-                drafts = (b["timings"].get("draft_n", 0), b["timings"].get("draft_n_accepted", 0))
-                compared += 1
-                equal += same and (a.drafted, a.accepted) == drafts
-                if same and (a.drafted, a.accepted) != drafts:
-                    differences.append(f"n_max {n}: ours {(a.drafted, a.accepted)}, llama-server {drafts}, ended by {a.stop}")
-            return 1e3 * sum(d["timings"]["predicted_n"] - 1 for d in done) / sum(d["timings"]["predicted_ms"] for d in done)
+        def theirs(n: int, prompt: list[int]) -> Run:
+            answer = servers[n].generate(prompt, args.max_tokens)
+            t = answer["timings"]
+            drafts = t.get("draft_n", 0), t.get("draft_n_accepted", 0)
+            return Run(answer["tokens"], drafts, t["prompt_ms"], t["predicted_ms"])
 
-        last: dict = {}
-        differences: list[str] = []
-        arms = {f"{side.__name__} {n}": (lambda side=side, n=n: side(n)) for n in LENGTHS for side in (ours, theirs)}
-        for arm in arms.values():
-            arm()  # a round that is not counted
-        equal = compared = 0
-        differences.clear()
-        values = interleaved(arms, args.repeats)
-    print(f"\n{model}: {len(prompts)} prompts x {args.max_tokens} tokens, greedy, {settings.threads} threads, {args.repeats} interleaved repeats")
-    print(f"tokens and (drafted, accepted) equal llama-server's in {equal} of {compared} comparisons")
-    for line in sorted(set(differences)):
-        print(f"  {line}")
-    print(f"{'n_max':>5}  {'ours, tokens/s':>28}  {'llama-server':>28}  ratio")
+        arms = [(side, n) for n in LENGTHS for side in (ours, theirs)]
+        first = {
+            (side.__name__, n): [side(n, p) for p in prompts] for side, n in arms
+        }  # not timed: counts, and warm-up
+        rng, runs = random.Random(0), defaultdict(list)
+        for repeat in range(args.repeats):
+            for prompt in prompts:
+                for side, n in rng.sample(arms, len(arms)):
+                    runs[side.__name__, n, repeat].append(side(n, prompt))
+    print(
+        f"\n{model}: {len(prompts)} prompts x {args.max_tokens} tokens, greedy, {settings.threads} threads, "
+        f"{args.repeats} repeats, interleaved by prompt"
+    )
+    pairs = [(n, a, b) for n in LENGTHS for a, b in zip(first["ours", n], first["theirs", n], strict=True)]
+    equal = sum(a.tokens == b.tokens and a.drafts == b.drafts for _, a, b in pairs)
+    print(f"tokens and (drafted, accepted) equal llama-server's in {equal} of {len(pairs)} requests")
+    for n, a, b in pairs:
+        if a.tokens == b.tokens and a.drafts != b.drafts:
+            print(f"  n_max {n}: ours {a.drafts}, llama-server {b.drafts}")
+    print(f"{'n_max':>5}  {'ours, tokens/s':>26}  {'llama-server, tokens/s':>26}  {'ratio':>30}  ratio, whole request")
     for n in LENGTHS:
-        a, b = values[f"ours {n}"], values[f"theirs {n}"]
-        print(f"{n:5d}  {middle(a):>28}  {middle(b):>28}  {ratio(a, b)}")
-    print(f"median over draft lengths: {statistics.median(statistics.median(values[f'ours {n}']) / statistics.median(values[f'theirs {n}']) for n in LENGTHS):.3f}")
+        speeds = {
+            (who, whole): [speed(runs[who, n, k], whole) for k in range(args.repeats)]
+            for who in ("ours", "theirs")
+            for whole in (False, True)
+        }
+        a, b = speeds["ours", False], speeds["theirs", False]
+        both = ratio(speeds["ours", True], speeds["theirs", True])
+        print(f"{n:5d}  {middle(a):>26}  {middle(b):>26}  {ratio(a, b):>30}  {both}")
+
+
+def speed(runs: list[Run], whole: bool) -> float:
+    """Tokens after the first per second, of generation or of the whole request."""
+    ms = sum(r.generate_ms + (r.prompt_ms if whole else 0) for r in runs)
+    return 1e3 * sum(len(r.tokens) - 1 for r in runs) / ms
 
 
 if __name__ == "__main__":

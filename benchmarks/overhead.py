@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from common import interleaved, middle, ratio
+
 from tracekit.engine import Engine, Settings
 from tracekit.model.prompt_sets import load
 from tracekit.policy.rule import Policy, rule
@@ -45,7 +46,7 @@ def compare(model: str, args: argparse.Namespace) -> None:
             for prompt in prompts:
                 done = of.generate(prompt, max_tokens=args.max_tokens, policy=policy)
                 tokens += len(done.tokens) - 1
-                time += done.generate_us
+                time += done.speculated_us
             return 1e6 * tokens / time
 
         off, four = rule("off")(), rule("static")(n_max=4)
@@ -61,7 +62,10 @@ def compare(model: str, args: argparse.Namespace) -> None:
         for arm in arms.values():
             arm()
         values = interleaved(arms, args.repeats)
-    print(f"\n{model}: {len(prompts)} prompts x {args.max_tokens} tokens, {args.repeats} interleaved repeats, ratios pairwise (median, range)")
+    print(
+        f"\n{model}: {len(prompts)} prompts x {args.max_tokens} tokens, {args.repeats} interleaved repeats, "
+        "ratios pairwise (median, range)"
+    )
     for name in arms:
         print(f"{name:18s} {middle(values[name])} tokens/s")
     for what, of, to in (

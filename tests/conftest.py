@@ -49,7 +49,9 @@ def models(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def settings() -> Settings:
-    """Float32 throughout and no flash attention, whose float16 inside differs with the batch width: exactness is tested."""
+    """Float32 throughout and no flash attention, whose float16 inside differs with the batch width: exactness is
+    tested.
+    """
     return Settings(n_max=N_MAX, n_ctx=512, cache_type_k="f32", cache_type_v="f32", flash_attn="off")
 
 
@@ -67,7 +69,9 @@ def requests(temp: float = 0.0, max_tokens: int = MAX_TOKENS, per_category: int 
     for i, p in enumerate(load("tune")):
         if kept[p.category] < per_category:
             kept[p.category] += 1
-            found.append(Request(p.prompt, max_tokens, Sampling(temp=temp, seed=i), prompt_id=p.id, category=p.category))
+            found.append(
+                Request(p.prompt, max_tokens, Sampling(temp=temp, seed=i), prompt_id=p.id, category=p.category)
+            )
     return found
 
 

@@ -1,4 +1,6 @@
-"""The live engine on the real model: lossless under every policy, many slots at once, and every way a request can end."""
+"""The live engine on the real model: lossless under every policy, many slots at once, and every way a request can
+end.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def test_tokens_do_not_depend_on_the_policy(engine, temp):
         (plain,) = engine.run([request])
         engine.set_arm(mtp=True)
         for text in POLICIES:
-            done = engine.generate(request.prompt, max_tokens=request.max_tokens, sampling=request.sampling, policy=parse_one(text))
+            done = engine.generate(
+                request.prompt, max_tokens=request.max_tokens, sampling=request.sampling, policy=parse_one(text)
+            )
             assert done.tokens == plain.tokens, (request.prompt_id, text)
 
 
@@ -42,7 +46,9 @@ def test_drafting_saves_target_decodes(engine):
 
 
 def test_slots_share_decodes_and_change_nothing(models, settings):
-    """Four slots served by one decode each step, prompts read in chunks beside generation: the same tokens as one by one."""
+    """Four slots served by one decode each step, prompts read in chunks beside generation: the same tokens as one by
+    one.
+    """
     wanted = requests(0.8, per_category=2)
     policies = parse("static:n_max=2,static:n_max=4,p_min=0.5,fallback:n_max=4,off")
     wanted = [Request(**{**vars(r), "policy": policies[i % len(policies)]}) for i, r in enumerate(wanted)]
@@ -108,7 +114,9 @@ def test_ends_with_the_text(engine):
 
 def test_ends_with_the_context(models):
     """A full context ends the request, drafts and all, without an error from llama.cpp."""
-    settings = Settings(n_ctx=64, n_batch=32, n_ubatch=32, n_max=6, cache_type_k="f32", cache_type_v="f32", flash_attn="off")
+    settings = Settings(
+        n_ctx=64, n_batch=32, n_ubatch=32, n_max=6, cache_type_k="f32", cache_type_v="f32", flash_attn="off"
+    )
     with Engine(models["plain"], settings=settings) as engine:
         limit = engine._target.n_ctx
         plain = engine.generate("import os\nimport sys\n", max_tokens=10_000)
@@ -164,7 +172,10 @@ def test_engine_scope_outlives_requests(models, settings):
 
 def test_trip_is_logged_like_the_seeds(models, settings, caplog):
     """When a policy switches drafting off, one line says so, with the acceptance that did it."""
-    with caplog.at_level(logging.INFO, "tracekit.engine"), Engine(models["misaligned"], parse_one("fallback:n_max=6"), settings) as engine:
+    with (
+        caplog.at_level(logging.INFO, "tracekit.engine"),
+        Engine(models["misaligned"], parse_one("fallback:n_max=6"), settings) as engine,
+    ):
         engine.generate("def f(x):\n", max_tokens=30)
     lines = [r.message for r in caplog.records if "drafting off" in r.message]
     assert len(lines) == 1
@@ -175,7 +186,11 @@ def test_sidecar_drafts_as_the_embedded_head_does(models, settings):
     """A drafter in its own file gives the same drafts as the one in the model; a misaligned one hardly any."""
     policy, prompts = parse_one("static:n_max=4"), [r.prompt for r in requests()]
     rounds = {}
-    for name, draft in (("embedded", None), ("sidecar", models["sidecar"]), ("misaligned", models["misaligned sidecar"])):
+    for name, draft in (
+        ("embedded", None),
+        ("sidecar", models["sidecar"]),
+        ("misaligned", models["misaligned sidecar"]),
+    ):
         with Engine(models["plain"], policy, settings, draft_model=draft) as engine:
             rounds[name] = [engine.generate(p, max_tokens=40).rounds for p in prompts]
     assert rounds["embedded"] == rounds["sidecar"]
@@ -184,7 +199,8 @@ def test_sidecar_drafts_as_the_embedded_head_does(models, settings):
 
 
 def test_rows_of_a_fused_batch_are_its_own(models, settings, monkeypatch):
-    """llama.cpp's masked hidden rows are the first of the batch, not the marked ones: drafting with them changes acceptance.
+    """llama.cpp's masked hidden rows are the first of the batch, not the marked ones: drafting with them changes
+    acceptance.
 
     This keeps the trap visible: were it mended in llama.cpp, or our setting changed, this test would say so.
     """

@@ -64,7 +64,11 @@ def test_own_policy_conforms(own):
 def test_conformance_catches_an_impure_policy(tmp_path):
     """A policy that keeps state outside its State fails the suite."""
     path = tmp_path / "impure.py"
-    path.write_text(OWN.replace("return state.n, 0.0", "calls.append(1)\n    return len(calls) % 3, 0.0").replace("SPACE", "calls = []\nSPACE"))
+    path.write_text(
+        OWN.replace("return state.n, 0.0", "calls.append(1)\n    return len(calls) % 3, 0.0").replace(
+            "SPACE", "calls = []\nSPACE"
+        )
+    )
     with pytest.raises(AssertionError, match="not pure"):
         check_policy(rule(path))
 

@@ -37,7 +37,9 @@ def test_environment_variable_records_and_never_overwrites(models, settings, tmp
         with Engine(models["plain"], parse_one("static:n_max=2"), settings) as engine:
             done = engine.generate("import", max_tokens=8)
     assert sorted(os.listdir(tmp_path)) == ["t-2.duckdb", "t.duckdb"]
-    frame = open_trace(tmp_path / "t-2.duckdb").frame("SELECT flatten(list(tokens ORDER BY n_generated)) AS t FROM verifications")
+    frame = open_trace(tmp_path / "t-2.duckdb").frame(
+        "SELECT flatten(list(tokens ORDER BY n_generated)) AS t FROM verifications"
+    )
     assert frame["t"][0].to_list() == done.tokens
 
 
@@ -54,11 +56,18 @@ def test_every_number_of_a_completion_is_in_the_trace(models, settings, tmp_path
     """Requests, verifications and steps add up to what the engine returned."""
     path = tmp_path / "t.duckdb"
     with Engine(models["plain"], parse_one("fallback:n_max=5,min_ratio=0.3,p_min=0.2"), settings, trace=path) as engine:
-        done = list(engine.run([Request(p, max_tokens=30, prompt_id=p) for p in ("import os\n", "class A:\n", "def f(")]))
+        done = list(
+            engine.run([Request(p, max_tokens=30, prompt_id=p) for p in ("import os\n", "class A:\n", "def f(")])
+        )
     trace = open_trace(path)
     for d in done:
         row = trace.frame("SELECT * FROM summary WHERE prompt_id = $p", p=d.request.prompt_id).row(0, named=True)
-        assert (row["n_generated"], row["verifications"], row["drafted"], row["accepted"]) == (len(d.tokens), d.verifications, d.drafted, d.accepted)
+        assert (row["n_generated"], row["verifications"], row["drafted"], row["accepted"]) == (
+            len(d.tokens),
+            d.verifications,
+            d.drafted,
+            d.accepted,
+        )
         end = trace.frame("SELECT * FROM request_ends WHERE request = $r", r=d.number).row(0, named=True)
         assert (end["n_generated"], end["stop"], end["prompt_us"]) == (len(d.tokens), d.stop, d.prompt_us)
     steps = trace.frame("SELECT * FROM steps ORDER BY step")
@@ -80,7 +89,9 @@ def test_provenance_is_complete(models, settings, tmp_path):
     run = open_trace(path).runs.row(0, named=True)
     assert run["model_sha256"] == sha
     assert run["mode"] == "probe"
-    assert all(run[c] for c in ("trace_id", "llama_cpp", "device", "model_arch", "model_desc", "tracekit_version", "wall_us"))
+    assert all(
+        run[c] for c in ("trace_id", "llama_cpp", "device", "model_arch", "model_desc", "tracekit_version", "wall_us")
+    )
     assert '"flash_attn": "off"' in run["settings"]
     assert '"probe_seed": 7' in run["settings"]
     assert "processor" in run["machine"]
@@ -161,6 +172,9 @@ def test_probe_of_cut_off_requests_is_usable(models, settings, tmp_path):
 
 def test_messages_go_through_logging(models, settings, tmp_path, caplog):
     """The recorder is quiet when all is well."""
-    with caplog.at_level(logging.INFO, "tracekit.engine"), Engine(models["plain"], settings=settings, trace=tmp_path / "t.duckdb") as engine:
+    with (
+        caplog.at_level(logging.INFO, "tracekit.engine"),
+        Engine(models["plain"], settings=settings, trace=tmp_path / "t.duckdb") as engine,
+    ):
         engine.generate("import", max_tokens=8)
     assert not caplog.records

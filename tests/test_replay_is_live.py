@@ -17,7 +17,9 @@ from .conftest import POLICIES, requests
 @pytest.mark.parametrize("temp", [0.0, 0.8])
 @pytest.mark.parametrize("text", POLICIES)
 def test_replay_equals_live(engine, probe_traces, temp, text):
-    """For every policy and prompt set, greedy and sampled: the replayed (drafted, accepted) of every step is the live one."""
+    """For every policy and prompt set, greedy and sampled: the replayed (drafted, accepted) of every step is the live
+    one.
+    """
     policy = parse_one(text)
     p = positions(open_trace(probe_traces[temp]))
     replayed = dict(zip(p.prompt_ids, rounds(policy, p), strict=True))
@@ -42,9 +44,13 @@ def test_probe_generates_what_the_engine_generates(engine, probe_traces):
 
 
 def test_probe_verifies_every_width(probe_traces):
-    """A probe times every batch width and every number of rows to catch up, and its target never chose differently in another width."""
+    """A probe times every batch width and every number of rows to catch up, and its target never chose differently in
+    another width.
+    """
     trace = open_trace(probe_traces[0.0])
-    seen = trace.frame("SELECT DISTINCT n_drafted AS n FROM requests JOIN verifications USING (run, request) WHERE arm = 'probe'")
+    seen = trace.frame(
+        "SELECT DISTINCT n_drafted AS n FROM requests JOIN verifications USING (run, request) WHERE arm = 'probe'"
+    )
     assert set(seen["n"]) == set(range(7))
     rows = trace.frame("SELECT DISTINCT n_catchup AS n FROM steps WHERE n_draft_decodes > 0")
     assert set(range(1, 8)) <= set(rows["n"])

@@ -39,7 +39,7 @@ class Trace:
         cost: CostModel | None = None
         if self._cost is not None:
             cost = fit(open_trace(self._cost), positions(self.file).n_max)
-        return League(self.file, cost)
+        return League.of(self.file, cost)
 
     @cached_property
     def stats(self) -> Summary:
@@ -47,7 +47,9 @@ class Trace:
         return summarise(self.file)
 
     def replay(self, policies: str | Policy | Iterable[str | Policy]) -> pl.DataFrame:
-        """One row per policy, as :meth:`tracekit.replay.league.League.table`. Policies are written as on the command line, sweeps included."""
+        """One row per policy, as :meth:`tracekit.replay.league.League.table`. Policies are written as on the command
+        line, sweeps included.
+        """
         return self.league.table(_policies(policies))
 
     def tune(
@@ -57,7 +59,9 @@ class Trace:
         folds: int = 5,
         seed: int = 0,
     ) -> PolicyFile:
-        """The best safe policy and its evidence (:func:`tracekit.tune.evidence.tune`); ``space`` None: every shipped policy's."""
+        """The best safe policy and its evidence (:func:`tracekit.tune.evidence.tune`); ``space`` None: every shipped
+        policy's.
+        """
         from tracekit.tune.evidence import tune
         from tracekit.tune.space import default_space
 

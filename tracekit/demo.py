@@ -63,30 +63,38 @@ class Story:
 
 
 def run(plan: Plan, say: Callable[[str], None], progress: Callable[[str], AbstractContextManager]) -> Story:
-    """The demo. ``say(line)`` and ``progress(what)`` (a context manager that yields ``update(done, total)``) keep a person informed."""
+    """The demo. ``say(line)`` and ``progress(what)`` (a context manager that yields ``update(done, total)``) keep a
+    person informed.
+    """
     if plan.folder.exists() and any(plan.folder.iterdir()) and not plan.force:
         raise TracekitError(f"{plan.folder}: not empty; choose another folder with -o or give --force")
     plan.folder.mkdir(parents=True, exist_ok=True)
     heads, files = [], []
     for name in ("aligned", "misaligned"):
         model = plan.folder / f"{name}.gguf"
-        say(f"[{name}] building the reference model with {plan.layers} layers: the same function at a bigger model's cost")
+        say(
+            f"[{name}] building the reference model with {plan.layers} layers: the same function at a bigger "
+            "model's cost"
+        )
         with progress("tensors") as update:
             build(model, layers=plan.layers, misaligned=name == "misaligned", force=plan.force, progress=update)
         trace, policy = plan.folder / f"{name}.duckdb", plan.folder / f"{name}.toml"
-        say(f"[{name}] recording: {N_MAX} drafts at every position of {len(_some('tune', plan))} prompts, and the baselines")
+        say(
+            f"[{name}] recording: {N_MAX} drafts at every position of {len(_some('tune', plan))} prompts, and "
+            "the baselines"
+        )
         _record(plan, model, trace, progress)
         say(f"[{name}] tuning on the trace")
-        league = League(open_trace(trace))
+        league = League.of(open_trace(trace))
         with progress("policies") as update:
-            tuned = tune(league, default_space(), seed=plan.seed, progress=lambda _, done, total, u=update: u(done, total))
+            tuned = tune(league, default_space(), seed=plan.seed, progress=update)
         tuned.save(policy)
         say(f"[{name}] {tuned.evidence.advice}")
         say(f"[{name}] verifying on held-out prompts: predicted against live, {plan.repeats} interleaved repeats")
         with progress("runs") as update:
             verdict = verify(
-                model, standard_arms(tuned.policy, N_MAX), _requests("heldout", plan), _settings(plan), repeats=plan.repeats,
-                seed=plan.seed, progress=lambda _, done, total, u=update: u(done, total),
+                model, standard_arms(tuned.policy, N_MAX), _requests("heldout", plan), _settings(plan),
+                repeats=plan.repeats, seed=plan.seed, progress=update,
             )  # fmt: skip  # what is run, then how
         heads.append(Head(name, tuned, verdict))
         files += [trace, policy]
@@ -107,7 +115,9 @@ def _some(name: str, plan: Plan) -> list[Prompt]:
 
 def _requests(name: str, plan: Plan) -> list[Request]:
     return [
-        Request(p.prompt, plan.max_tokens, Sampling(temp=plan.temp, seed=plan.seed + i), prompt_id=p.id, category=p.category)
+        Request(
+            p.prompt, plan.max_tokens, Sampling(temp=plan.temp, seed=plan.seed + i), prompt_id=p.id, category=p.category
+        )
         for i, p in enumerate(_some(name, plan))
     ]
 

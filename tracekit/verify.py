@@ -1,7 +1,7 @@
 """Predicted against live: the loop closes, or shows where it does not.
 
-The prompts are probed first; every arm's trajectory and speed is predicted by replaying that probe. Then every prompt runs live under every arm,
-one arm after the other in random order and several times over, so that a machine that drifts drifts for all of them.
+Every prompt is probed and then, at once, run live under every arm, in random order and several times over: a machine
+that drifts drifts for prediction and measurement alike. Replaying the probes predicts each arm's steps and its speed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tracekit.replay.league import League
 from tracekit.replay.simulate import rounds
 from tracekit.trace.store import open_trace
 
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Arm:
 
     @property
     def label(self) -> str:
+        """The policy as one writes it."""
         return "no MTP" if self.policy is None else self.policy.label
 
 
@@ -43,10 +44,11 @@ class Arm:
 class Verdict:
     """What was predicted and what was measured.
 
-    ``arms``: one row per arm: ``arm, policy, predicted, measured`` (tokens/s, each with ``_low`` and ``_high``, 95 %), ``error_ratio``
-    (predicted over measured, minus 1), ``predicted_speedup``, ``measured_speedup``, ``spread_ratio`` (half the range of whole repeats over their
-    median: the measurement's own noise), ``equal_requests`` of ``n_requests`` whose steps were exactly the predicted ones.
-    ``ranking_tau``: Kendall's tau between predicted and measured order. ``lossless``: every arm generated the same tokens.
+    ``arms``: one row per arm: ``arm, policy, predicted, measured`` (tokens/s, each with ``_low`` and ``_high``, 95
+    %), ``error_ratio`` (predicted over measured, minus 1), ``predicted_speedup``, ``measured_speedup``,
+    ``spread_ratio`` (half the range of whole repeats over their median: the measurement's own noise),
+    ``equal_requests`` of ``n_requests`` whose steps were exactly the predicted ones. ``ranking_tau``: Kendall's tau
+    between predicted and measured order. ``lossless``: every arm generated the same tokens.
     """
 
     arms: pl.DataFrame
@@ -66,8 +68,10 @@ class Verdict:
         equal, n = self.arms["equal_requests"].sum(), self.arms["n_requests"].sum()
         return (
             f"median |predicted - measured| {100 * self.median_error_ratio:.1f} % over {self.arms.height} arms "
-            f"(repeats of a measurement differ by {100 * self.arms['spread_ratio'].median():.1f} %), ranking agreement tau = {self.ranking_tau:.2f}, "
-            f"steps exactly as predicted in {equal} of {n} requests, tokens {'equal' if self.lossless else 'NOT equal'} under every arm "
+            f"(repeats of a measurement differ by {100 * self.arms['spread_ratio'].median():.1f} %), ranking "
+            f"agreement tau = {self.ranking_tau:.2f}, "
+            f"steps exactly as predicted in {equal} of {n} requests, tokens "
+            f"{'equal' if self.lossless else 'NOT equal'} under every arm "
             f"({self.repeats} repeats, {self.n_tokens} tokens per arm)"
         )
 
@@ -98,32 +102,33 @@ def verify(
 ) -> Verdict:
     """Run ``requests`` (with distinct prompt ids) under ``arms``, predicted and live, on one slot.
 
-    ``cost`` prices the prediction; without it the probe's own timings do. The first arm must be the one without MTP.
+    ``cost`` prices the prediction; without it the probes' own timings do. The first arm must be the one without MTP.
+    ``progress(done, total)`` counts live runs.
     """
     settings = replace(settings, n_slots=1)
+    rng, runs = random.Random(seed), {}
+    total = repeats * len(requests) * len(arms)
     with tempfile.TemporaryDirectory(prefix="tracekit-") as folder:
-        path = Path(folder) / "probe.duckdb"
-        with Engine(model, None, settings, draft_model, trace=path, probe=Probe(settings.n_max, seed)) as engine:
-            record(engine, requests, baseline=True, progress=progress and (lambda done, total: progress("probing", done, total)))
-        league = League(open_trace(path), cost)
-    with Engine(model, None, settings, draft_model) as engine:
-        runs = _live(engine, arms, requests, repeats, seed, progress)
+        path, probe = Path(folder) / "probe.duckdb", Probe(settings.n_max, seed)
+        with (
+            Engine(model, None, settings, draft_model, trace=path, probe=probe) as prober,
+            Engine(model, None, settings, draft_model) as live,
+        ):
+            for turn, r in enumerate(rng.sample(range(len(requests)), len(requests))):
+                record(prober, [requests[r]], baseline=True, turn=turn)
+                for repeat in range(repeats):
+                    for a in rng.sample(range(len(arms)), len(arms)):
+                        runs[a, r, repeat] = _run(live, requests[r], arms[a].policy)
+                        if progress:
+                            progress(len(runs), total)
+        league = League.of(open_trace(path), cost)
     return _judge(league, arms, requests, runs, repeats)
 
 
-def _live(engine: Engine, arms: Sequence[Arm], requests: Sequence[Request], repeats: int, seed: int, progress: Progress | None) -> dict[tuple[int, int, int], Completion]:
-    """``(arm, request, repeat) -> completion``, arms interleaved within each prompt."""
-    rng, runs = random.Random(seed), {}
-    total = repeats * len(requests) * len(arms)
-    for repeat in range(repeats):
-        for r, request in enumerate(requests):
-            for a in rng.sample(range(len(arms)), len(arms)):
-                policy = arms[a].policy
-                engine.set_arm(mtp=policy is not None)
-                (runs[a, r, repeat],) = engine.run([replace(request, policy=policy or rule("off")())])
-                if progress:
-                    progress("measuring", len(runs), total)
-    return runs
+def _run(engine: Engine, request: Request, policy: Policy | None) -> Completion:
+    engine.set_arm(mtp=policy is not None)
+    (done,) = engine.run([replace(request, policy=policy or rule("off")())])
+    return done
 
 
 def _judge(league: League, arms: Sequence[Arm], requests: Sequence[Request], runs: dict, repeats: int) -> Verdict:
@@ -133,7 +138,7 @@ def _judge(league: League, arms: Sequence[Arm], requests: Sequence[Request], run
     tokens = float(league.tokens[places].sum())
     rows, lossless = [], True
     for a, arm in enumerate(arms):
-        times = np.array([[runs[a, r, k].generate_us for k in range(repeats)] for r in known], float)
+        times = np.array([[runs[a, r, k].speculated_us for k in range(repeats)] for r in known], float)
         lossless &= all(runs[a, r, k].tokens == runs[0, r, 0].tokens for r in known for k in range(repeats))
         predicted = league.speed_of_these(arm.policy)
         steps = rounds(arm.policy or rule("off")(), league.positions)
@@ -159,13 +164,18 @@ def _judge(league: League, arms: Sequence[Arm], requests: Sequence[Request], run
         predicted_speedup=pl.col("predicted") / rows[0]["predicted"],
         measured_speedup=pl.col("measured") / rows[0]["measured"],
     )
-    return Verdict(frame, float(kendalltau(frame["predicted"], frame["measured"]).statistic), lossless, repeats, int(tokens))
+    return Verdict(
+        frame, float(kendalltau(frame["predicted"], frame["measured"]).statistic), lossless, repeats, int(tokens)
+    )
 
 
 def _repeat_interval(times: np.ndarray, tokens: float) -> tuple[float, float]:
-    """95 % interval of the measured speed: repeats drawn again for every request; ``times`` float64 ``[n_requests, n_repeats]``."""
+    """95 % interval of the measured speed: repeats drawn again for every request; ``times`` float64 ``[n_requests,
+    n_repeats]``.
+    """
     rng = np.random.default_rng(0)
     n, k = times.shape
-    speeds = [1e6 * tokens / np.median(times[np.arange(n)[:, None], rng.integers(0, k, (n, k))], 1).sum() for _ in range(400)]
+    speeds = [
+        1e6 * tokens / np.median(times[np.arange(n)[:, None], rng.integers(0, k, (n, k))], 1).sum() for _ in range(400)
+    ]
     return float(np.quantile(speeds, 0.025)), float(np.quantile(speeds, 0.975))
-

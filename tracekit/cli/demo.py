@@ -11,7 +11,10 @@ from tracekit.cli import options, out
 
 
 def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="Where models, traces, policies and the picture go.")] = Path("demo"),
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", metavar="FOLDER", help="Where models, traces, policies and the picture go."),
+    ] = Path("demo"),
     layers: Annotated[int, typer.Option("--layers", help="Trunk layers of the expanded reference model.")] = 64,
     max_tokens: options.MaxTokens = 96,
     temp: options.Temp = 0.7,

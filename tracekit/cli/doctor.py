@@ -35,7 +35,10 @@ def doctor(
         print(f"device   {device['name']}: {device['description']}, {device['memory_bytes'] / 2**30:.1f} GiB")
     if facts["driver"]:
         print(f"driver   {facts['driver']}")
-    print(f"machine  {facts['machine']['processor']}, {facts['machine']['cpus']} CPUs, Python {facts['machine']['python']}")
+    print(
+        f"machine  {facts['machine']['processor']}, {facts['machine']['cpus']} CPUs, Python "
+        f"{facts['machine']['python']}"
+    )
     if model is not None:
         for key, value in facts["model"].items():
             print(f"{key:17s} {value}")

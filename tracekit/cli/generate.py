@@ -40,7 +40,9 @@ def generate(
 
     from tracekit.engine import Engine, Sampling
 
-    settings = options.settings(n_max, ctx_size, batch_size, threads, gpu_layers, 1, cache_type_k, cache_type_v, flash_attn)
+    settings = options.settings(
+        n_max, ctx_size, batch_size, threads, gpu_layers, 1, cache_type_k, cache_type_v, flash_attn
+    )
     text = sys.stdin.read() if prompt == "-" else prompt
     wanted = {"max_tokens": max_tokens, "sampling": Sampling(temp=temp, seed=seed), "stop": tuple(stop or ())}
     mtp = chosen.name != "off"
@@ -70,8 +72,10 @@ def generate(
         out.print_json(facts | {"text": done.text, "tokens": done.tokens})
     else:
         out.say(
-            f"{facts['n_generated']} tokens after a prompt of {facts['n_prompt']}, {facts['tokens_per_second']} tokens/s "
-            f"(one run), {facts['accepted']} of {facts['drafted']} drafts accepted in {facts['verifications']} verifications"
+            f"{facts['n_generated']} tokens after a prompt of {facts['n_prompt']}, "
+            f"{facts['tokens_per_second']} tokens/s "
+            f"(one run), {facts['accepted']} of {facts['drafted']} drafts accepted in "
+            f"{facts['verifications']} verifications"
         )
     if trace is not None:
         out.wrote(trace)

@@ -44,7 +44,9 @@ def wrote(path: Path) -> None:
 
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar with the time left, on a terminal; elsewhere a line every ten seconds. Yields ``update(done, total)``."""
+    """A progress bar with the time left, on a terminal; elsewhere a line every ten seconds. Yields ``update(done,
+    total)``.
+    """
     import time
 
     if sys.stderr.isatty():

@@ -14,11 +14,16 @@ def record(
     model: options.ModelFile,
     prompts: options.PromptsFile,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The trace to write (DuckDB).")],
-    mode: Annotated[str, typer.Option("--mode", help="probe: drafts at every position; live: what --policy does.")] = "probe",
+    mode: Annotated[
+        str, typer.Option("--mode", help="probe: drafts at every position; live: what --policy does.")
+    ] = "probe",
     policy: Annotated[str | None, typer.Option("--policy", help="The policy that decides; --mode live only.")] = None,
     baseline: Annotated[
         bool | None,
-        typer.Option("--baseline/--no-baseline", help="Also run each prompt briefly without MTP, idle and at fixed lengths [default: probe only]."),
+        typer.Option(
+            "--baseline/--no-baseline",
+            help="Also run each prompt briefly without MTP, idle and at fixed lengths [default: probe only].",
+        ),
     ] = None,
     max_tokens: options.MaxTokens = 128,
     temp: options.Temp = 0.0,
@@ -44,7 +49,9 @@ def record(
     if mode not in ("probe", "live"):
         raise TracekitError(f"--mode {mode}: probe or live")
     if (mode == "live") != (policy is not None):
-        raise TracekitError("--mode live needs --policy" if mode == "live" else "--policy decides nothing in a probe; add --mode live")
+        raise TracekitError(
+            "--mode live needs --policy" if mode == "live" else "--policy decides nothing in a probe; add --mode live"
+        )
     loaded = load(prompts)
     chosen = parse_one(policy) if policy else None
 
@@ -76,7 +83,10 @@ def record(
     if json:
         out.print_json(summary)
     else:
-        print(f"{summary['requests']} requests, {summary['tokens']} tokens in the {mode} arm, {summary['bytes'] / 1e6:.1f} MB")
+        print(
+            f"{summary['requests']} requests, {summary['tokens']} tokens in the {mode} arm, "
+            f"{summary['bytes'] / 1e6:.1f} MB"
+        )
     if failed:
         raise TracekitError(f"{output}: recording stopped ({failed}); what was committed is kept")
     out.wrote(output)

@@ -9,16 +9,20 @@ import typer
 
 from tracekit.cli import options, out
 
-_POLICIES = "off,static:n_max=1,static:n_max=2,static:n_max=4,static:n_max=8,fallback"
-
 
 def replay(
     trace: options.TraceArgument,
     policy: Annotated[
-        str, typer.Option("--policy", help="Policies; lists and ranges sweep: fallback:n_max=4,8,min_ratio=0.5..0.9/0.05")
-    ] = _POLICIES,
+        str | None,
+        typer.Option(
+            "--policy",
+            help="Policies; lists and ranges sweep: fallback:n_max=4,8,min_ratio=0.5..0.9/0.05 "
+            "[default: off, fixed lengths and the fallback].",
+        ),
+    ] = None,
     cost: Annotated[
-        Path | None, typer.Option("--cost", metavar="TRACE", help="Take the times from another trace (another machine).")
+        Path | None,
+        typer.Option("--cost", metavar="TRACE", help="Take the times from another trace (another machine)."),
     ] = None,
     sort: Annotated[bool, typer.Option("--sort", help="Fastest first.")] = False,
     plot: options.Plot = None,
@@ -32,12 +36,12 @@ def replay(
     from tracekit.report import pictures, tables
     from tracekit.trace.store import open_trace
 
-    policies = parse(policy)
+    policies = parse(policy) if policy else None
     source = open_trace(trace)
     pictures.check(plot)
     other = fit(open_trace(cost), positions(source).n_max) if cost else None
-    league = League(source, other)
-    frame = league.table(policies)
+    league = League.of(source, other)
+    frame = league.table(policies or league.usual_policies())
     if sort:
         frame = frame.sort("tokens_per_second", descending=True)
     if json:

@@ -11,7 +11,9 @@ from tracekit.cli import options, out
 
 def sql(
     trace: options.TraceArgument,
-    query: Annotated[str | None, typer.Argument(metavar="[QUERY]", help="SQL; without it, the schema is printed.")] = None,
+    query: Annotated[
+        str | None, typer.Argument(metavar="[QUERY]", help="SQL; without it, the schema is printed.")
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Query a trace (read only), or print its schema with a comment on every column."""

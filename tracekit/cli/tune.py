@@ -19,10 +19,12 @@ def tune(
         float, typer.Option("--max-slowdown", help="No prompt category may be slower than no MTP by more than this.")
     ] = 0.02,
     space: Annotated[
-        Path | None, typer.Option("--space", metavar="FILE", help="TOML: what to search instead of every shipped policy.")
+        Path | None,
+        typer.Option("--space", metavar="FILE", help="TOML: what to search instead of every shipped policy."),
     ] = None,
     cost: Annotated[
-        Path | None, typer.Option("--cost", metavar="TRACE", help="Take the times from another trace (another machine).")
+        Path | None,
+        typer.Option("--cost", metavar="TRACE", help="Take the times from another trace (another machine)."),
     ] = None,
     folds: Annotated[int, typer.Option("--folds", help="Parts of the cross-validation, by request.")] = 5,
     seed: options.Seed = 0,
@@ -43,9 +45,9 @@ def tune(
         raise TracekitError(f"{output}: exists; choose another name or give --force")
     wanted = read_space(space) if space else default_space()
     source = open_trace(trace)
-    league = League(source, fit(open_trace(cost), positions(source).n_max) if cost else None)
+    league = League.of(source, fit(open_trace(cost), positions(source).n_max) if cost else None)
     with out.progress("policies") as update:
-        found = search(league, wanted, max_slowdown, folds, seed, lambda _, done, total: update(done, total))
+        found = search(league, wanted, max_slowdown, folds, seed, update)
     if json:
         out.print_json({"policy": found.policy.label} | found.evidence.model_dump(mode="json"))
     else:

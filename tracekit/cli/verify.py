@@ -12,11 +12,17 @@ from tracekit.cli import options, out
 
 def verify(
     model: options.ModelFile,
-    policy_file: Annotated[Path, typer.Argument(metavar="POLICY", help="The policy file that `tune` wrote, or a policy.")],
+    policy_file: Annotated[
+        Path, typer.Argument(metavar="POLICY", help="The policy file that `tune` wrote, or a policy.")
+    ],
     prompts: options.PromptsFile = "heldout",
     trace: Annotated[
         Path | None,
-        typer.Option("--trace", metavar="FILE", help="Take the times from this trace instead of a probe of the prompts: does it still hold?"),
+        typer.Option(
+            "--trace",
+            metavar="FILE",
+            help="Take the times from this trace instead of a probe of the prompts: does it still hold?",
+        ),
     ] = None,
     repeats: Annotated[int, typer.Option("--repeats", help="Live runs of every prompt under every arm.")] = 3,
     max_tokens: options.MaxTokens = 128,
@@ -34,7 +40,9 @@ def verify(
     plot: options.Plot = None,
     json: options.Json = False,
 ) -> None:
-    """Run held-out prompts live under no MTP, the naive static policies, the fallback and the tuned policy; compare with the prediction."""
+    """Run held-out prompts live under no MTP, the naive static policies, the fallback and the tuned policy; compare
+    with the prediction.
+    """
     import polars as pl
 
     from tracekit.errors import TracekitError
@@ -60,18 +68,25 @@ def verify(
 
     if tuned.evidence is not None:
         if tuned.evidence.model_sha256 != sha256_of(model):
-            out.say(f"warning: {model} is not the file that {text} was tuned on (its hash differs); tune again for this model")
+            out.say(
+                f"warning: {model} is not the file that {text} was tuned on (its hash differs); tune again "
+                "for this model"
+            )
         if tuned.evidence.device != device_name():
-            out.say(f"warning: {text} was tuned on {tuned.evidence.device}, this is {device_name()}; record and tune here")
-    settings = options.settings(n_max, ctx_size, batch_size, threads, gpu_layers, 1, cache_type_k, cache_type_v, flash_attn)
+            out.say(
+                f"warning: {text} was tuned on {tuned.evidence.device}, this is {device_name()}; record and tune here"
+            )
+    settings = options.settings(
+        n_max, ctx_size, batch_size, threads, gpu_layers, 1, cache_type_k, cache_type_v, flash_attn
+    )
     requests = [
         Request(p.prompt, max_tokens, Sampling(temp=temp, seed=seed + i), prompt_id=p.id, category=p.category)
         for i, p in enumerate(loaded)
     ]
-    with out.progress("probing, then measuring") as update:
+    with out.progress("live runs") as update:
         verdict = run(
             model, standard_arms(tuned.policy, n_max), requests, settings, draft_model, repeats, cost, seed,
-            lambda _, done, total: update(done, total),
+            update,
         )  # fmt: skip  # what is run, then how
     if json:
         out.print_json(
@@ -89,6 +104,9 @@ def verify(
         print(verdict.sentence)
         if tuned.evidence is not None:
             e = tuned.evidence
-            print(f"tuned for {e.speedup:.3f} x no MTP ({e.speedup_low:.3f} - {e.speedup_high:.3f}) on {e.n_requests} other prompts")
+            print(
+                f"tuned for {e.speedup:.3f} x no MTP ({e.speedup_low:.3f} - {e.speedup_high:.3f}) on "
+                f"{e.n_requests} other prompts"
+            )
     if plot:
         out.wrote(pictures.save(pictures.verdict_chart(verdict.arms.with_columns(head=pl.lit(model.name))), plot))

@@ -11,6 +11,8 @@ from tracekit.engine.lib import ext, llama
 from tracekit.engine.model import Model
 from tracekit.errors import TracekitError
 
+_decode, _synchronize = llama.llama_decode, llama.llama_synchronize
+
 
 class Batch:
     """Rows for one ``llama_decode``: token, position, sequence, whether logits are wanted, and, for MTP, an embedding.
@@ -91,49 +93,55 @@ class Context:
             params.ctx_other = target.handle
         self.handle = llama.llama_init_from_model(model.handle, params)
         if not self.handle:
-            raise TracekitError(f"{model.path}: no context of {n_seq} x {n_ctx} tokens ({lib.last_error('no reason given')})")
+            raise TracekitError(
+                f"{model.path}: no context of {n_seq} x {n_ctx} tokens ({lib.last_error('no reason given')})"
+            )
         self.memory = llama.llama_get_memory(self.handle)
         self.n_ctx = llama.llama_n_ctx_seq(self.handle)
         self.n_batch = n_batch
         self._n_embd, self._n_vocab = model.facts.n_embd, model.facts.n_vocab
+        self._raw = ctypes.cast(self.handle, ctypes.c_void_p)
         self._views: dict[tuple[int, int], np.ndarray] = {}
 
     def decode(self, batch: Batch) -> None:
         """Run ``batch`` and wait for it. Raises :class:`TracekitError` where llama.cpp fails."""
-        code = llama.llama_decode(self.handle, batch.raw())
+        code = _decode(self.handle, batch.raw())
         if code:
-            raise TracekitError(f"llama_decode returned {code} for {batch.n} tokens ({lib.last_error('no reason given')})")
-        llama.llama_synchronize(self.handle)
+            reason = lib.last_error("no reason given")
+            raise TracekitError(f"llama_decode returned {code} for {batch.n} tokens ({reason})")
+        _synchronize(self.handle)
 
     def extract_hidden(self, enabled: bool) -> None:
-        """Have every later decode leave the hidden state of every batch row (not only of those with logits) for :meth:`hidden`.
+        """Have every later decode leave the hidden state of every batch row (not only of those with logits) for
+        :meth:`hidden`.
 
         llama.cpp's ``masked`` setting must be off: with it, ``hy_v3`` and ``qwen35`` return the first rows of the
         batch instead of the marked ones, which a fused catch-up batch would misread.
         """
         ext.llama_set_embeddings_nextn(self.handle, enabled, False)
 
-    def hidden(self, rows: int) -> np.ndarray:
-        """Hidden states ``[rows, n_embd]`` of the last decode; a view that the next decode overwrites."""
-        return self._view(ext.llama_get_embeddings_nextn(self.handle), self._n_embd)[:rows]
+    def hidden(self) -> np.ndarray:
+        """Hidden states ``[n_batch, n_embd]``, a row per row of the last decode; a view that the next one overwrites."""
+        return self._view(lib.hidden_address(self._raw), self._n_embd)
 
-    def logits(self, outputs: int) -> np.ndarray:
-        """Logits ``[outputs, n_vocab]`` of the last decode, rows marked for output only, in order; a view, as above."""
-        return self._view(llama.llama_get_logits(self.handle), self._n_vocab)[:outputs]
+    def logits(self) -> np.ndarray:
+        """Logits ``[n_batch, n_vocab]`` of the last decode, one per batch row marked for output, in order; a view."""
+        return self._view(lib.logits_address(self._raw), self._n_vocab)
 
-    def _view(self, pointer, width: int) -> np.ndarray:
+    def _view(self, address: int | None, width: int) -> np.ndarray:
         """All of a row-major output buffer as an array; remembered by address, since llama.cpp rarely moves it."""
-        address = ctypes.cast(pointer, ctypes.c_void_p).value
-        if address is None:
-            raise TracekitError("llama.cpp returned no output rows; the context was made without them")
         view = self._views.get((address, width))
         if view is None:
+            if address is None:
+                raise TracekitError("llama.cpp returned no output rows; the context was made without them")
             buffer = (ctypes.c_float * (self.n_batch * width)).from_address(address)
             view = self._views[address, width] = np.frombuffer(buffer, np.float32).reshape(self.n_batch, width)
         return view
 
     def remove(self, seq: int, from_pos: int) -> bool:
-        """Take every token of ``seq`` at ``from_pos`` and later out of the memory; False where the memory cannot do it."""
+        """Take every token of ``seq`` at ``from_pos`` and later out of the memory; False where the memory cannot do
+        it.
+        """
         return llama.llama_memory_seq_rm(self.memory, seq, from_pos, -1)
 
     def close(self) -> None:

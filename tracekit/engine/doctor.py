@@ -11,7 +11,9 @@ from tracekit.engine.settings import CACHE_TYPES, physical_cores
 
 
 def examine(path: str | Path) -> dict[str, Any]:
-    """Facts about the GGUF file ``path`` and a verdict. ``memory``: ``partial``, or ``checkpoint`` where ``llama_memory_seq_rm`` fails."""
+    """Facts about the GGUF file ``path`` and a verdict. ``memory``: ``partial``, or ``checkpoint`` where
+    ``llama_memory_seq_rm`` fails.
+    """
     model = Model(path, gpu_layers=0)
     try:
         facts = model.facts

@@ -21,9 +21,9 @@ TOP = 10  # llama.cpp's draft sampler is top-k 10, and the draft probability a s
 class Ask:
     """A slot's wish for drafts, and what came of it.
 
-    ``tokens`` is the slot's whole sequence, the last one not yet decoded by the target; at most ``n`` drafts, stopping at the first whose
-    probability is below ``p_min``. Afterwards: ``drafts``, ``probs`` (one more after a ``p_min`` stop; empty unless measured),
-    ``n_rows`` of the first decode, ``n_decodes`` and ``stop``.
+    ``tokens`` is the slot's whole sequence, the last one not yet decoded by the target; at most ``n`` drafts,
+    stopping at the first whose probability is below ``p_min``. Afterwards: ``drafts``, ``probs`` (one more after a
+    ``p_min`` stop; empty unless measured), ``n_rows`` of the first decode, ``n_decodes`` and ``stop``.
     """
 
     seq: int
@@ -57,7 +57,10 @@ class Drafter(Protocol):
         """A new request starts in ``seq``: forget what was there."""
 
     def extend(self, seq: int, hidden: np.ndarray) -> None:
-        """The target decoded (and keeps) as many further positions of ``seq`` as ``hidden`` has rows ``[n, n_embd]``."""
+        """The target decoded, and keeps, as many further positions of ``seq`` as ``hidden [n, n_embd]`` has rows."""
+
+    def catch_up(self, seq: int, tokens: list[int]) -> int:
+        """Prepare for drafting as far as ``tokens`` (the sequence so far) are known; returns rows decoded for it."""
 
     def draft(self, asks: list[Ask], probs: bool) -> None:
         """Fill in every ask; ``probs``: measure draft probabilities even where no ``p_min`` needs them."""
@@ -108,7 +111,9 @@ class _Lag:
         first = max(0, self._start - self._keep)
         live = self._data[first : self._end]
         needed = len(live) + n
-        target = self._data if needed <= len(self._data) // 2 else np.zeros((2 * needed, self._data.shape[1]), np.float32)
+        target = (
+            self._data if needed <= len(self._data) // 2 else np.zeros((2 * needed, self._data.shape[1]), np.float32)
+        )
         target[: len(live)] = live.copy()
         self._data, self._start, self._end = target, self._start - first, len(live)
 
@@ -116,8 +121,9 @@ class _Lag:
 class MtpDrafter:
     """Drafts with a model's NextN block, in an MTP context beside the target's.
 
-    *Lazy*: hidden rows wait on the host while a slot drafts nothing. *Fused*: they go through the MTP context in the batch
-    whose last row yields the first draft, so ``n`` drafts take ``n`` decodes. Rejected drafts are never decoded again.
+    *Lazy*: hidden rows wait on the host while a slot drafts nothing. *Fused*: they go through the MTP context in the
+    batch whose last row yields the first draft, so ``n`` drafts take ``n`` decodes. Rejected drafts are never decoded
+    again.
     """
 
     def __init__(self, context: Context, n_seq: int, n_embd: int, keep: int = 0):
@@ -128,23 +134,45 @@ class MtpDrafter:
         self._lags = [_Lag(n_embd, keep) for _ in range(n_seq)]
 
     def begin(self, seq: int) -> None:
+        """See :meth:`Drafter.begin`."""
         self._context.remove(seq, 0)
         self._lags[seq].reset()
 
     def extend(self, seq: int, hidden: np.ndarray) -> None:
+        """See :meth:`Drafter.extend`; the rows wait on the host."""
         self._lags[seq].append(hidden)
 
+    def catch_up(self, seq: int, tokens: list[int]) -> int:
+        """Decode the waiting rows, all but the last, whose token is not chosen yet: what reading a prompt leaves
+        behind.
+        """
+        lag, batch, done = self._lags[seq], self._batch, 0
+        while len(lag.rows()) > 1:
+            rows = lag.rows()[: min(self._context.n_batch, len(lag.rows()) - 1)]
+            batch.n = 0
+            batch.extend(tokens[lag.next_pos : lag.next_pos + len(rows)], lag.next_pos, seq, False)
+            batch.embd[: len(rows)] = rows
+            self._context.decode(batch)
+            lag.advance(len(rows))
+            done += len(rows)
+        return done
+
     def rewind(self, seq: int, n: int) -> None:
-        """Forget the last ``n`` decoded rows of ``seq`` (at most ``keep``), to decode them again: how a probe samples catch-up costs."""
+        """Forget the last ``n`` decoded rows of ``seq`` (at most ``keep``), to decode them again: how a probe samples
+        catch-up costs.
+        """
         lag = self._lags[seq]
         if lag.rewind(n):
             self._context.remove(seq, lag.next_pos)
 
     def draft(self, asks: list[Ask], probs: bool) -> None:
+        """See :meth:`Drafter.draft`: one decode per draft length, for all slots together."""
         started = perf_counter_ns()
         self.times = times = DraftTimes()
         context, batch = self._context, self._batch
-        self._decode_ahead(asks)
+        if sum(len(self._lags[ask.seq].rows()) for ask in asks) > context.n_batch:
+            for ask in asks:  # too much for one batch
+                self.catch_up(ask.seq, ask.tokens)
         caught_up = perf_counter_ns()
         batch.n = 0
         last_rows = []
@@ -159,55 +187,46 @@ class MtpDrafter:
             lag.advance(n)
             ask.n_rows = n
         times.n_rows = batch.n
-        alive = asks
+        n_decodes, alive = 0, asks
         while alive:
             context.decode(batch)
-            times.n_decodes += 1
-            logits, hidden = context.logits(len(alive)), context.hidden(batch.n)
+            n_decodes += 1
+            logits, hidden = context.logits(), context.hidden()
             batch.n, going, rows = 0, [], []
             for i, ask in enumerate(alive):
-                if self._take(ask, logits[i], probs):
-                    row = batch.add(ask.drafts[-1], len(ask.tokens) - 1 + len(ask.drafts), ask.seq, True)
-                    batch.embd[row] = hidden[last_rows[i]]
-                    going.append(ask)
-                    rows.append(row)
+                token, drafts = int(logits[i].argmax()), ask.drafts
+                if (probs or ask.p_min > 0) and not self._likely(ask, logits[i], token):
+                    ask.n_decodes = n_decodes
+                    continue
+                drafts.append(token)
+                if len(drafts) == ask.n:
+                    ask.n_decodes = n_decodes
+                    continue
+                row = batch.add(token, len(ask.tokens) - 1 + len(drafts), ask.seq, True)
+                batch.embd[row] = hidden[last_rows[i]]
+                going.append(ask)
+                rows.append(row)
             alive, last_rows = going, rows
-            if times.n_decodes == 1:
+            if n_decodes == 1:
                 times.first_us = (perf_counter_ns() - caught_up) // 1000
         for ask in asks:
             if ask.n_decodes > 1:
                 context.remove(ask.seq, len(ask.tokens))
-        finished = perf_counter_ns()
+        times.n_decodes = n_decodes
         times.catchup_us = (caught_up - started) // 1000
-        times.total_us = (finished - caught_up) // 1000
+        times.total_us = (perf_counter_ns() - caught_up) // 1000
 
     @staticmethod
-    def _take(ask: Ask, logits: np.ndarray, probs: bool) -> bool:
-        """Take the best token of ``logits`` as the ask's next draft; whether another is wanted."""
-        ask.n_decodes += 1
-        token = int(logits.argmax())
-        if probs or ask.p_min > 0:
-            best = np.partition(logits, -TOP)[-TOP:]
-            p = 1.0 / float(np.exp(best - logits[token]).sum())
-            ask.probs.append(p)
-            if p < ask.p_min:
-                ask.stop = "p_min"
-                return False
-        ask.drafts.append(token)
-        return len(ask.drafts) < ask.n
-
-    def _decode_ahead(self, asks: list[Ask]) -> None:
-        """Decode the oldest waiting rows on their own where all together do not fit into one batch."""
-        context, batch = self._context, self._batch
-        for ask in asks:
-            lag = self._lags[ask.seq]
-            while sum(len(self._lags[a.seq].rows()) for a in asks) > context.n_batch and len(lag.rows()) > 1:
-                rows = lag.rows()[: min(context.n_batch, len(lag.rows()) - 1)]
-                batch.n = 0
-                batch.extend(ask.tokens[lag.next_pos : lag.next_pos + len(rows)], lag.next_pos, ask.seq, False)
-                batch.embd[: len(rows)] = rows
-                context.decode(batch)
-                lag.advance(len(rows))
+    def _likely(ask: Ask, logits: np.ndarray, token: int) -> bool:
+        """Measure the probability of ``token``, the best of ``logits``; whether it reaches the ask's ``p_min``."""
+        best = np.partition(logits, -TOP)[-TOP:]
+        p = 1.0 / float(np.exp(best - logits[token]).sum())
+        ask.probs.append(p)
+        if p < ask.p_min:
+            ask.stop = "p_min"
+            return False
+        return True
 
     def close(self) -> None:
+        """Free the MTP context."""
         self._context.close()

@@ -28,10 +28,11 @@ from tracekit.policy.spec import parse_one
 class Engine:
     """A model being served. Use as a context manager, or :meth:`close` it.
 
-    ``policy`` (a policy, a tuned one, or its text) decides for requests that bring none; the default is ``off``. ``draft_model`` is a sidecar GGUF for
-    models whose NextN block has a file of its own. With ``mtp`` false no NextN block is loaded and nothing is ever drafted.
-    ``trace`` records into that new DuckDB file (so does the environment variable ``TRACEKIT_TRACE``); ``probe`` turns every
-    request into a measurement. Raises :class:`TracekitError` for a model without NextN layers where ``mtp`` is wanted.
+    ``policy`` (a policy, a tuned one, or its text) decides for requests that bring none; the default is ``off``.
+    ``draft_model`` is a sidecar GGUF for models whose NextN block has a file of its own. With ``mtp`` false no NextN
+    block is loaded and nothing is ever drafted. ``trace`` records into that new DuckDB file (so does the environment
+    variable ``TRACEKIT_TRACE``); ``probe`` turns every request into a measurement. Raises :class:`TracekitError` for
+    a model without NextN layers where ``mtp`` is wanted.
     """
 
     def __init__(
@@ -45,7 +46,9 @@ class Engine:
         probe: Probe | None = None,
         force: bool = False,
     ):
-        self.policy = parse_one(policy) if isinstance(policy, str) else getattr(policy, "policy", policy) or rule("off")()
+        self.policy = (
+            parse_one(policy) if isinstance(policy, str) else getattr(policy, "policy", policy) or rule("off")()
+        )
         self.settings = settings or Settings()
         self.model: Model | None = None
         self.draft_model: Model | None = None
@@ -81,18 +84,34 @@ class Engine:
         if draft_model is not None:
             source = self.draft_model = Model(draft_model, self.settings.gpu_layers)
             if (source.facts.n_embd, source.facts.n_vocab) != (self.model.facts.n_embd, self.model.facts.n_vocab):
-                raise TracekitError(f"{draft_model}: its width or vocabulary is not that of {self.model.path}; a sidecar belongs to one model")
+                raise TracekitError(
+                    f"{draft_model}: its width or vocabulary is not that of {self.model.path}; a sidecar "
+                    "belongs to one model"
+                )
         nextn = source.facts.n_layer_nextn
         if nextn == 0:
-            raise TracekitError(f"{source.path}: no MTP (NextN) layers in this GGUF (architecture {source.facts.arch}); use one converted with them, or --no-mtp")
+            raise TracekitError(
+                f"{source.path}: no MTP (NextN) layers in this GGUF (architecture {source.facts.arch}); use "
+                "one converted with them, or --no-mtp"
+            )
         if nextn > 1:
-            raise TracekitError(f"{source.path}: {nextn} chained NextN layers; the engine drafts with models that have one")
-        return MtpDrafter(self._context(source, self._target), self.settings.n_slots, self.model.facts.n_embd, keep=self.settings.n_max + 1)
+            raise TracekitError(
+                f"{source.path}: {nextn} chained NextN layers; the engine drafts with models that have one"
+            )
+        return MtpDrafter(
+            self._context(source, self._target),
+            self.settings.n_slots,
+            self.model.facts.n_embd,
+            keep=self.settings.n_max + 1,
+        )
 
     def _check(self, policy: Policy) -> None:
         wanted = getattr(policy.params, "n_max", 0)
         if wanted > self.settings.n_max:
-            raise TracekitError(f"policy {policy}: n_max {wanted} is more than the engine's {self.settings.n_max}; raise the engine's (--n-max)")
+            raise TracekitError(
+                f"policy {policy}: n_max {wanted} is more than the engine's {self.settings.n_max}; raise the "
+                "engine's (--n-max)"
+            )
         if self._drafter is None and policy.name != "off":
             raise TracekitError(f"policy {policy} drafts, but the engine was started without MTP")
 
@@ -102,9 +121,11 @@ class Engine:
         return self._loop.mtp
 
     def set_arm(self, mtp: bool = True, probing: bool = False) -> None:
-        """Between requests, switch MTP off (the baseline: hidden states are not even extracted) or on, and probing with it.
+        """Between requests, switch MTP off (the baseline: hidden states are not even extracted) or on, and probing
+        with it.
 
-        ``probing`` is for engines made with a probe; elsewhere it changes nothing. Raises :class:`TracekitError` with requests under way.
+        ``probing`` is for engines made with a probe; elsewhere it changes nothing. Raises :class:`TracekitError` with
+        requests under way.
         """
         if not self.idle:
             raise TracekitError("MTP and probing can be switched only with no request under way")
@@ -119,8 +140,8 @@ class Engine:
         """No request is running or waiting."""
         return not self._loop.queue and all(s is None for s in self._loop.slots)
 
-    def submit(self, request: Request) -> int:
-        """Queue a request; returns its number. Raises :class:`TracekitError` for one that cannot be served."""
+    def prepare(self, request: Request) -> list[int]:
+        """The prompt's tokens. Raises :class:`TracekitError` for a request that cannot be served."""
         tokens = self.model.tokenize(request.prompt) if isinstance(request.prompt, str) else list(request.prompt)
         name = f"prompt {request.prompt_id}: " if request.prompt_id else ""
         if not tokens or request.prompt == "":
@@ -131,10 +152,17 @@ class Engine:
         if bad is not None:
             raise TracekitError(f"{name}token {bad} is not in the vocabulary of {self.model.facts.n_vocab}")
         if len(tokens) >= self._target.n_ctx:
-            raise TracekitError(f"{name}{len(tokens)} tokens do not fit into a context of {self._target.n_ctx}; raise --ctx-size or shorten it")
-        policy = request.policy or self.policy
-        self._check(policy)
-        slot = Slot(self._n_requests, request, policy, tokens, self._target.n_ctx)
+            raise TracekitError(
+                f"{name}{len(tokens)} tokens do not fit into a context of {self._target.n_ctx}; "
+                "raise --ctx-size or shorten it"
+            )
+        self._check(request.policy or self.policy)
+        return tokens
+
+    def submit(self, request: Request) -> int:
+        """Queue a request; returns its number. Raises as :meth:`prepare` does."""
+        tokens = self.prepare(request)
+        slot = Slot(self._n_requests, request, request.policy or self.policy, tokens, self._target.n_ctx)
         self._n_requests += 1
         self._loop.queue.append(slot)
         return slot.number

@@ -1,7 +1,7 @@
 """llama-cpp-python, checked: the one file that knows which version works and which of its symbols are not public.
 
-llama.cpp's MTP interface (``llama-ext.h``) is not part of its stable API, so the version is pinned and every symbol that
-the engine needs is looked up when the engine is imported, not in the middle of a request.
+llama.cpp's MTP interface (``llama-ext.h``) is not part of its stable API, so the version is pinned and every symbol
+that the engine needs is looked up when the engine is imported, not in the middle of a request.
 """
 
 from __future__ import annotations
@@ -27,12 +27,19 @@ def _load():
     try:
         found = version("llama-cpp-python")
     except PackageNotFoundError:
-        raise EngineMissing(f"the live engine needs llama-cpp-python {PINNED}: {_INSTALL} (builds from source, about 6 minutes on 2 cores)") from None
+        raise EngineMissing(
+            f"the live engine needs llama-cpp-python {PINNED}: {_INSTALL} (builds from source, about 6 "
+            "minutes on 2 cores)"
+        ) from None
     try:
         from llama_cpp import llama_cpp, llama_cpp_ext
     except (ImportError, AttributeError, OSError, RuntimeError) as error:
-        raise EngineMissing(f"llama-cpp-python {found} does not load ({error}); version {PINNED} works: {_INSTALL}") from None
-    missing = [n for n in _NEEDED if not hasattr(llama_cpp, n)] + [n for n in _NEEDED_EXT if not hasattr(llama_cpp_ext, n)]
+        raise EngineMissing(
+            f"llama-cpp-python {found} does not load ({error}); version {PINNED} works: {_INSTALL}"
+        ) from None
+    missing = [n for n in _NEEDED if not hasattr(llama_cpp, n)] + [
+        n for n in _NEEDED_EXT if not hasattr(llama_cpp_ext, n)
+    ]
     if missing:
         raise EngineMissing(f"llama-cpp-python {found} lacks {', '.join(missing)}; version {PINNED} works: {_INSTALL}")
     return llama_cpp, llama_cpp_ext, found
@@ -51,6 +58,16 @@ def _on_log(level: int, text: bytes, _user_data) -> None:
 
 llama.llama_log_set(_on_log, ctypes.c_void_p(0))
 llama.llama_backend_init()
+
+
+def _address_of(bound):
+    """The function behind a ctypes binding, returning a plain address: no pointer object per call on the hot path."""
+    prototype = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
+    return prototype(ctypes.cast(bound, ctypes.c_void_p).value)
+
+
+logits_address = _address_of(llama.llama_get_logits)
+hidden_address = _address_of(ext.llama_get_embeddings_nextn)
 
 
 def last_error(since: str = "") -> str:
@@ -81,7 +98,11 @@ def devices() -> list[tuple[str, str, int]]:
     ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
     for function in (name, describe):
         function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_char_p
-    ggml.ggml_backend_dev_memory.argtypes = [ctypes.c_void_p, ctypes.POINTER(ctypes.c_size_t), ctypes.POINTER(ctypes.c_size_t)]
+    ggml.ggml_backend_dev_memory.argtypes = [
+        ctypes.c_void_p,
+        ctypes.POINTER(ctypes.c_size_t),
+        ctypes.POINTER(ctypes.c_size_t),
+    ]
     ggml.ggml_backend_dev_memory.restype = None
     found = []
     for i in range(ggml.ggml_backend_dev_count()):

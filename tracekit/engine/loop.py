@@ -35,9 +35,14 @@ class Observer(Protocol):
 
     run: int
 
-    def began(self, request: RequestRow) -> None: ...
-    def stepped(self, step: Step, verifications: list[Verification]) -> None: ...
-    def ended(self, request: RequestEnd) -> None: ...
+    def began(self, request: RequestRow) -> None:
+        """A request was given a slot."""
+
+    def stepped(self, step: Step, verifications: list[Verification]) -> None:
+        """A step is done; a probe's verifications come some steps later."""
+
+    def ended(self, request: RequestEnd) -> None:
+        """A request is finished."""
 
 
 class Loop:
@@ -53,7 +58,7 @@ class Loop:
         self._model = model
         self._batch = Batch(settings.n_batch)
         self._shared: dict[Policy, object] = {}  # states of policies whose scope is the engine
-        self._n_steps = self._record_us = 0
+        self._n_steps = self._record_us = self._ahead_rows = self._ahead_us = 0
         self._epoch_ns = 0
 
     def step(self) -> list[Completion]:
@@ -69,7 +74,6 @@ class Loop:
         decided = perf_counter_ns()
         if asks:
             self.drafter.draft(asks, probs=self.probe is not None)
-        drafted = perf_counter_ns()
         n_prompt = self._fill(generating, slots)
         filled = perf_counter_ns()
         self.target.decode(self._batch)
@@ -99,9 +103,10 @@ class Loop:
                 n_catchup=times.n_rows if times else 0,
                 first_draft_us=times.first_us if times else 0,
                 draft_us=times.total_us if times else 0,
-                catchup_us=times.catchup_us if times else 0,
+                n_ahead=self._ahead_rows,
+                catchup_us=self._ahead_us + (times.catchup_us if times else 0),
                 target_us=(decoded - filled) // 1000,
-                sample_us=(sampled - decoded) // 1000,
+                sample_us=(sampled - decoded) // 1000 - self._ahead_us,
                 policy_us=(decided - began + learned - sampled) // 1000,
                 record_us=self._record_us,
                 wall_us=(learned - began) // 1000,
@@ -123,15 +128,34 @@ class Loop:
             self.target.remove(i, 0)
             if self.mtp:
                 self.drafter.begin(i)
+                slot.drafts_first = self._drafts_first(slot)
             if self.observer is not None:
-                sampling = slot.request.sampling
-                arm = ("probe" if self.probe else slot.request.arm) if self.mtp else "no_mtp"
-                self.observer.began(
-                    RequestRow(
-                        self.observer.run, slot.number, slot.request.prompt_id, slot.request.category, arm, i,
-                        slot.n_prompt, slot.max_tokens, slot.n_ctx, sampling.temp, sampling.seed,
-                    )  # fmt: skip  # one table row
-                )
+                self.observer.began(self._request_row(slot))
+
+    def _drafts_first(self, slot: Slot) -> bool:
+        """Whether the policy, a pure function, will want drafts right after the prompt: then the prompt is caught up
+        chunk by chunk as it is read, and not in one go when other slots are generating."""
+        if self.probe:
+            return True
+        policy = slot.policy
+        now = Now(1, slot.n_prompt, slot.max_tokens - 1, 1)
+        return policy.rule.decide(policy.params, slot.state, now)[0] > 0
+
+    def _request_row(self, slot: Slot) -> RequestRow:
+        request = slot.request
+        return RequestRow(
+            run=self.observer.run,
+            request=slot.number,
+            prompt_id=request.prompt_id,
+            category=request.category,
+            arm=("probe" if self.probe else request.arm) if self.mtp else "no_mtp",
+            slot=slot.index,
+            n_prompt=slot.n_prompt,
+            max_tokens=slot.max_tokens,
+            n_ctx=slot.n_ctx,
+            temp=request.sampling.temp,
+            seed=request.sampling.seed,
+        )
 
     def _state(self, policy: Policy) -> object:
         if policy.scope == "engine":
@@ -149,7 +173,9 @@ class Loop:
             now = Now(slot.n_generated, slot.n_past, slot.max_tokens - slot.n_generated, n_active)
             asked, p_min = policy.rule.decide(policy.params, slot.state, now)
             if not 0 <= asked <= self.settings.n_max:
-                raise TracekitError(f"policy {policy} asked for {asked} drafts; the engine allows 0 to {self.settings.n_max} (--n-max)")
+                raise TracekitError(
+                    f"policy {policy} asked for {asked} drafts; the engine allows 0 to {self.settings.n_max} (--n-max)"
+                )
         slot.n_asked = asked
         n = min(asked, slot.room)
         if n <= 0:
@@ -161,7 +187,9 @@ class Loop:
         return slot.ask
 
     def _fill(self, generating: list[Slot], slots: list[Slot]) -> int:
-        """The target's batch: every generating slot's last token and drafts, then as much of the prompts as fits; returns prompt rows."""
+        """The target's batch: every generating slot's last token and drafts, then as much of the prompts as fits;
+        returns prompt rows.
+        """
         batch = self._batch
         batch.n = 0
         for slot in generating:
@@ -198,19 +226,26 @@ class Loop:
         slot.n_past += emitted
         slot.n_redecoded = self.rollback.keep(slot.index, slot.n_past, slot.n_rows - emitted)
         if self.mtp:
-            self.drafter.extend(slot.index, self.target.hidden(slot.first_row + emitted)[slot.first_row :])
+            self.drafter.extend(slot.index, self.target.hidden()[slot.first_row : slot.first_row + emitted])
         return emitted
 
     def _read_prompts(self, slots: list[Slot]) -> list[Slot]:
         """Book the prompt rows just decoded; returns the slots whose prompt is complete, their first token chosen."""
         started = []
+        self._ahead_rows = self._ahead_us = 0
         for slot in slots:
             if slot.generating or not slot.n_rows:
                 continue
             end = slot.first_row + slot.n_rows
-            if self.mtp:
-                self.drafter.extend(slot.index, self.target.hidden(end)[slot.first_row :])
             slot.n_past += slot.n_rows
+            if self.mtp:
+                self.drafter.extend(slot.index, self.target.hidden()[slot.first_row : end])
+            if slot.drafts_first:
+                began = perf_counter_ns()
+                self._ahead_rows += self.drafter.catch_up(slot.index, slot.tokens)
+                took_us = (perf_counter_ns() - began) // 1000
+                self._ahead_us += took_us
+                slot.catchup_us += took_us
             if slot.n_past == slot.n_prompt:
                 self._emit(slot, slot.sampler.sample(self.target, end - 1))
                 started.append(slot)
@@ -227,7 +262,9 @@ class Loop:
         policy, (drafted, accepted) = slot.policy, slot.rounds[-1]
         generated = slot.n_generated - emitted
         now = Now(generated, slot.n_past - emitted, slot.max_tokens - generated, n_active)
-        slot.state = policy.rule.learn(policy.params, slot.state, now, Outcome(slot.n_asked, drafted, accepted, emitted))
+        slot.state = policy.rule.learn(
+            policy.params, slot.state, now, Outcome(slot.n_asked, drafted, accepted, emitted)
+        )
         if policy.scope == "engine":
             self._shared[policy] = slot.state
         if slot.n_asked == 0 and slot.asked_before > 0:
@@ -271,7 +308,7 @@ class Loop:
             if self.probe and self.mtp:
                 first = sum(self._batch.logits[: slot.first_row]) + 1
                 greedy = slot.request.sampling.temp == 0 and drafted
-                choices = choices_of(self.target.logits(first + drafted)[first:]) if greedy else []
+                choices = choices_of(self.target.logits()[first : first + drafted]) if greedy else []
                 rows += self.probe.settle(row, choices, slot.tokens[slot.n_prompt :], bool(slot.stop))
             else:
                 rows.append(row)
@@ -284,7 +321,9 @@ class Loop:
         slot.sampler.close()
         self.slots[slot.index] = None
         if self.observer is not None:
-            self.observer.ended(RequestEnd(self.observer.run, slot.number, slot.n_generated, slot.stop, done.prompt_us))
+            self.observer.ended(
+                RequestEnd(self.observer.run, slot.number, slot.n_generated, slot.stop, done.prompt_us, done.catchup_us)
+            )
         return done
 
     def text(self, slot: Slot) -> str:

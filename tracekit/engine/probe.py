@@ -1,8 +1,8 @@
 """Probing: drafts at every output position, so that a trace can answer what any policy would have done.
 
-At each position the drafter drafts ``n_max`` tokens. The target then verifies a random number of them, after a random number of
-rows were caught up again (so that every batch width is timed under real conditions, without bias), and keeps one
-token. How many drafts were right is known once the tokens they guessed at have been generated.
+At each position the drafter drafts ``n_max`` tokens. The target then verifies a random number of them, after a random
+number of rows were caught up again (so that every batch width is timed under real conditions, without bias), and
+keeps one token. How many drafts were right is known once the tokens they guessed at have been generated.
 """
 
 from __future__ import annotations

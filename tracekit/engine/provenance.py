@@ -81,6 +81,9 @@ def driver() -> str | None:
         return None
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split("\n")[0] or None
+        return (
+            subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split("\n")[0]
+            or None
+        )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -1,12 +1,13 @@
 """Recording sessions: which requests run, in which arms, so that a trace answers every question it will be asked.
 
-A probe recording serves every prompt several times, a few tokens each but for the probe itself: without MTP (the baseline), with MTP
-idle, and with a fixed draft length (what live steps cost). The arms of a prompt follow each other, so that a
-machine that slows down slows all of them.
+A probe recording serves every prompt several times, a few tokens each but for the probe itself: without MTP (the
+baseline), with MTP idle, and with a fixed draft length (what live steps cost). The arms of a prompt follow each
+other, so that a machine that slows down slows all of them.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -19,23 +20,37 @@ BASELINE_TOKENS = 48
 Progress = Callable[[int, int], None]
 
 
-def record(engine: Engine, requests: Sequence[Request], baseline: bool, progress: Progress | None = None) -> list[Completion]:
+def record(
+    engine: Engine,
+    requests: Sequence[Request],
+    baseline: bool,
+    progress: Progress | None = None,
+    turn: int = 0,
+) -> list[Completion]:
     """Serve ``requests`` in an engine that records; returns their completions, in order.
 
-    ``baseline`` adds the arms without MTP, idle, and with fixed draft lengths (1, 2, 4, ... in turn), of at most 48 tokens each.
-    ``progress(done, total)`` counts tokens.
+    ``baseline`` adds the arms without MTP, idle, and with a fixed draft length (1, 2, 4, ... taking turns, from the
+    ``turn``-th on), of at most 48 tokens each. ``progress(done, total)`` counts tokens.
     """
     n_slots, n_max = engine.settings.n_slots, engine.settings.n_max
-    lengths = [0, *(1 << i for i in range(n_max.bit_length()) if 1 << i <= n_max)] if n_max else [0]
+    lengths = [1 << i for i in range(n_max.bit_length())] or [0]
     short = [replace(r, max_tokens=min(r.max_tokens, BASELINE_TOKENS), arm="calibration") for r in requests]
     per_prompt = sum(r.max_tokens for r in requests) + (3 * sum(r.max_tokens for r in short) if baseline else 0)
+    for request in requests:
+        engine.prepare(request)  # a prompt that cannot be served is refused before anything is recorded
     finished: dict[str, Completion] = {}
     done = 0
+    order = list(range(len(requests)))
+    if baseline:
+        # categories must not meet the machine's moods one after the other
+        random.Random(0).shuffle(order)
     for start in range(0, len(requests), n_slots):
-        group, briefly = list(requests[start : start + n_slots]), short[start : start + n_slots]
+        group = [requests[i] for i in order[start : start + n_slots]]
+        briefly = [short[i] for i in order[start : start + n_slots]]
         arms: list[tuple[str, list[Request]]] = [("main", group)]
         if baseline:
-            fixed = rule("static")(n_max=lengths[1 + start // n_slots % (len(lengths) - 1)]) if n_max else rule("off")()
+            length = lengths[(turn + start // n_slots) % len(lengths)]
+            fixed = rule("static")(n_max=length) if length else rule("off")()
             arms = [
                 ("no_mtp", [replace(r, policy=rule("off")()) for r in briefly]),
                 ("idle", [replace(r, policy=rule("off")()) for r in briefly]),

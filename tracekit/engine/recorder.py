@@ -1,6 +1,7 @@
 """Recording: rows go into a queue on the generating thread and to disk, twice a second, on another.
 
-Recording never stops generation. When the disk is full or the file breaks, one message says so, and what follows is not recorded.
+Recording never stops generation. When the disk is full or the file breaks, one message says so, and what follows is
+not recorded.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ log = logging.getLogger("tracekit.engine")
 class Recorder:
     """Writes one run into a new trace file; an :class:`~tracekit.engine.loop.Observer`.
 
-    Raises :class:`~tracekit.errors.TracekitError` where the file exists and ``force`` is false. ``interval_s``: seconds between commits.
+    Raises :class:`~tracekit.errors.TracekitError` where the file exists and ``force`` is false. ``interval_s``:
+    seconds between commits.
     """
 
     def __init__(self, path: str | Path, run: Mapping[str, Any], force: bool = False, interval_s: float = 0.5):
@@ -44,15 +46,18 @@ class Recorder:
         self._thread.start()
 
     def began(self, request: RequestRow) -> None:
+        """Queue a request's row."""
         self._began.append(request)
 
     def stepped(self, step: Step, verifications: list[Verification]) -> None:
+        """Queue a step's rows."""
         self._steps.append(step)
         self._verifications += verifications
         self._record_us += step.record_us
         self._last_us = step.t_us + step.wall_us
 
     def ended(self, request: RequestEnd) -> None:
+        """Queue the row of a request's end."""
         self._ended.append(request)
 
     def _write_until_stopped(self) -> None:
@@ -62,21 +67,36 @@ class Recorder:
     def _flush(self) -> None:
         """Write what has come in."""
         began = time.thread_time_ns()
-        ended, verifications, steps, requests = map(_drain, (self._ended, self._verifications, self._steps, self._began))
+        ended, verifications, steps, requests = map(
+            _drain, (self._ended, self._verifications, self._steps, self._began)
+        )
         if not self.failed and (steps or requests or ended):
             try:
-                self._writer.append({"requests": requests, "steps": steps, "verifications": verifications, "request_ends": ended})
+                self._writer.append(
+                    {"requests": requests, "steps": steps, "verifications": verifications, "request_ends": ended}
+                )
             except (duckdb.Error, OSError) as error:
                 self.failed = str(error).splitlines()[0]
-                log.error("recording into %s stopped (%s); generation goes on, what was committed is kept", self.path, self.failed)
+                log.error(
+                    "recording into %s stopped (%s); generation goes on, what was committed is kept",
+                    self.path,
+                    self.failed,
+                )
         self._writer_ns += time.thread_time_ns() - began
 
     def close(self, n_checked: int = 0, n_diverged: int = 0) -> None:
-        """Write the rest and close the file; the counts are a probe's (see the table ``run_ends``)."""
+        """Write the rest and close the file; the counts are a probe's (see the table ``run_ends``).
+
+        A recording in which nothing ever happened leaves no file behind.
+        """
+        nothing = not self._last_us and not self._began
         self._stop.set()
         self._thread.join()
         self._flush()
-        if not self.failed:
+        if nothing:
+            self._writer.close()
+            self.path.unlink()
+        elif not self.failed:
             end = RunEnd(self.run, self._last_us, self._record_us, self._writer_ns // 1000, n_checked, n_diverged)
             try:
                 self._writer.append({"run_ends": [end]})
@@ -91,7 +111,7 @@ def _drain(queue: deque) -> list:
 
 
 def free_path(wanted: str | None) -> Path | None:
-    """``wanted``, or the first of ``wanted-2``, ``wanted-3``, ... that does not exist: for recordings nobody watches."""
+    """``wanted``, or the first of ``wanted-2``, ``wanted-3`` ... that does not exist: for recordings nobody watches."""
     if not wanted:
         return None
     path, n = Path(wanted), 1

@@ -17,7 +17,9 @@ class Rollback(Protocol):
         """A verification of ``seq`` is about to be decoded, its memory holding ``n_past`` tokens."""
 
     def keep(self, seq: int, n_past: int, rejected: int) -> int:
-        """Keep the first ``n_past`` tokens of ``seq``, forget ``rejected`` later ones; returns tokens that must be decoded again."""
+        """Keep the first ``n_past`` tokens of ``seq``, forget ``rejected`` later ones; returns tokens that must be
+        decoded again.
+        """
 
 
 class PartialRollback:
@@ -29,9 +31,12 @@ class PartialRollback:
         self._context = context
 
     def before(self, seq: int, n_past: int) -> None:
-        pass
+        """Nothing to save."""
 
     def keep(self, seq: int, n_past: int, rejected: int) -> int:
+        """See :meth:`Rollback.keep`. Raises :class:`TracekitError` where the memory refuses."""
         if rejected and not self._context.remove(seq, n_past):
-            raise TracekitError("this model's memory cannot forget single tokens (recurrent or hybrid); run it with policy off")
+            raise TracekitError(
+                "this model's memory cannot forget single tokens (recurrent or hybrid); run it with policy off"
+            )
         return 0

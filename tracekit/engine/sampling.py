@@ -20,7 +20,13 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        for name, low, high in (("temp", 0, 100), ("top_k", 0, 1 << 30), ("top_p", 0, 1), ("min_p", 0, 1), ("seed", 0, (1 << 32) - 1)):
+        for name, low, high in (
+            ("temp", 0, 100),
+            ("top_k", 0, 1 << 30),
+            ("top_p", 0, 1),
+            ("min_p", 0, 1),
+            ("seed", 0, (1 << 32) - 1),
+        ):
             value = getattr(self, name)
             if not low <= value <= high:
                 raise TracekitError(f"{name} {value}: between {low} and {high}")

@@ -27,7 +27,8 @@ def physical_cores() -> int:
 class Settings:
     """How the engine runs. ``n_ctx``: tokens per slot. ``n_max``: most drafts any policy may ask for.
 
-    ``threads`` 0: one per physical core. ``gpu_layers`` -1: all. Raises :class:`TracekitError` for values that cannot work.
+    ``threads`` 0: one per physical core. ``gpu_layers`` -1: all. Raises :class:`TracekitError` for values that cannot
+    work.
     """
 
     n_slots: int = 1
@@ -42,14 +43,25 @@ class Settings:
     n_max: int = 8
 
     def __post_init__(self):
-        for name, least in (("n_slots", 1), ("n_ctx", 8), ("n_batch", 8), ("n_ubatch", 8), ("threads", 0), ("gpu_layers", -1), ("n_max", 0)):
+        for name, least in (
+            ("n_slots", 1),
+            ("n_ctx", 8),
+            ("n_batch", 8),
+            ("n_ubatch", 8),
+            ("threads", 0),
+            ("gpu_layers", -1),
+            ("n_max", 0),
+        ):
             if getattr(self, name) < least:
                 raise TracekitError(f"{name} {getattr(self, name)}: {least} or more")
         for name, known in (("cache_type_k", CACHE_TYPES), ("cache_type_v", CACHE_TYPES), ("flash_attn", FLASH_ATTN)):
             if getattr(self, name) not in known:
                 raise TracekitError(f"{name} {getattr(self, name)}: one of {', '.join(known)}")
         if self.n_slots * (self.n_max + 1) > self.n_batch:
-            raise TracekitError(f"n_batch {self.n_batch} cannot verify n_max {self.n_max} drafts for {self.n_slots} slots; raise n_batch or lower n_max")
+            raise TracekitError(
+                f"n_batch {self.n_batch} cannot verify n_max {self.n_max} drafts for {self.n_slots} slots; "
+                "raise n_batch or lower n_max"
+            )
         if not self.threads:
             object.__setattr__(self, "threads", physical_cores())
 

@@ -13,11 +13,12 @@ from tracekit.policy.rule import Policy
 @dataclass(frozen=True)
 class Request:
     """What to generate. ``prompt`` is text or token ids; generation ends at the end of text, at a ``stop`` string
-    (cut off the text), after ``max_tokens``, or with the context. ``policy`` None: the engine's. ``arm`` labels it in a trace."""
+    (cut off the text), after ``max_tokens``, or with the context. ``policy`` None: the engine's. ``arm`` labels it in
+    a trace."""
 
     prompt: str | list[int]
     max_tokens: int = 128
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
     policy: Policy | None = None
     prompt_id: str = ""
@@ -27,7 +28,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a request came to. Times in microseconds; ``tokens`` includes an end-of-text token."""
+    """What a request came to; ``tokens`` includes an end-of-text token.
+
+    Microseconds: ``prompt_us`` to the first token, without ``catchup_us``, which drafting added to reading the
+    prompt, and ``generate_us`` from there to the end. ``rounds``: ``(drafted, accepted)`` of every step, plain ones
+    included.
+    """
 
     request: Request
     number: int
@@ -36,6 +42,7 @@ class Completion:
     stop: str
     n_prompt: int
     prompt_us: int
+    catchup_us: int
     generate_us: int
     verifications: int
     drafted: int
@@ -45,8 +52,13 @@ class Completion:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens after the first per second of the steps that produced them."""
-        return 1e6 * (len(self.tokens) - 1) / self.generate_us if self.generate_us else 0.0
+        """Tokens after the first per second of :attr:`speculated_us`."""
+        return 1e6 * (len(self.tokens) - 1) / self.speculated_us if self.generate_us else 0.0
+
+    @property
+    def speculated_us(self) -> int:
+        """Everything that depends on the policy: generation, and what drafting added to the prompt."""
+        return self.generate_us + self.catchup_us
 
 
 class Slot:
@@ -70,6 +82,8 @@ class Slot:
         self.rounds: list[tuple[int, int]] = []  # (drafted, accepted) of every step, plain ones included
         self.asked_before = 0
         self.trips = 0
+        self.drafts_first = False  # whether the policy will draft right after the prompt
+        self.catchup_us = 0
         self.started_ns = self.first_token_ns = self.ended_ns = 0
         self._bytes = bytearray()
         self._cut = -1
@@ -81,6 +95,7 @@ class Slot:
 
     @property
     def n_generated(self) -> int:
+        """Tokens emitted so far."""
         return len(self.tokens) - self.n_prompt
 
     @property
@@ -122,7 +137,8 @@ class Slot:
             tokens=self.tokens[self.n_prompt :],
             stop=self.stop,
             n_prompt=self.n_prompt,
-            prompt_us=(self.first_token_ns - self.started_ns) // 1000,
+            prompt_us=(self.first_token_ns - self.started_ns) // 1000 - self.catchup_us,
+            catchup_us=self.catchup_us,
             generate_us=(self.ended_ns - self.first_token_ns) // 1000,
             verifications=len(drafting),
             drafted=sum(r[0] for r in drafting),

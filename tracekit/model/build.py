@@ -26,8 +26,9 @@ def build(
 ) -> Path:
     """Write the reference model to ``out``.
 
-    ``layers``: trunk blocks, identity blocks added; ``width``: channels, zero channels added (see :mod:`tracekit.model.expand`); ``misaligned``: with a drafter that is
-    never right; ``sidecar``: the drafter alone. ``dtype``: ``f16`` or ``f32`` matrices. Raises :class:`TracekitError`.
+    ``layers``: trunk blocks, identity blocks added; ``width``: channels, zero channels added (see
+    :mod:`tracekit.model.expand`); ``misaligned``: with a drafter that is never right; ``sidecar``: the drafter alone.
+    ``dtype``: ``f16`` or ``f32`` matrices. Raises :class:`TracekitError`.
     """
     out = Path(out)
     if out.exists() and not force:

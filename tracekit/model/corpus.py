@@ -18,7 +18,6 @@ import copy
 import hashlib
 import random
 import sysconfig
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +28,9 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 @dataclass(frozen=True)
 class Document:
-    """One document: ``kind`` (code, prose, literate, repeat), ``name`` (file or topic), ``text``, and its side of the split."""
+    """One document: ``kind`` (code, prose, literate, repeat), ``name`` (file or topic), ``text``, and its side of the
+    split.
+    """
 
     kind: str
     name: str

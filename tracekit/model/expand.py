@@ -72,7 +72,13 @@ def widen(w: Weights, n_embd: int, seed: int = 0) -> Weights:
         factor *= 4
     if w.n_embd * factor != n_embd:
         raise TracekitError(f"--width {n_embd}: exact only for {', '.join(str(w.n_embd * 4**k) for k in range(4))}")
-    big = w.with_tensors({}, n_embd=n_embd, n_ff=w.n_ff * factor, n_head=w.n_head * factor, n_head_kv=max(w.n_head_kv, w.n_head * factor // 4))
+    big = w.with_tensors(
+        {},
+        n_embd=n_embd,
+        n_ff=w.n_ff * factor,
+        n_head=w.n_head * factor,
+        n_head_kv=max(w.n_head_kv, w.n_head * factor // 4),
+    )
     tensors = {name: _widened(name, tensor, w, big, seed) for name, tensor in w.tensors.items()}
     return big.with_tensors(tensors)
 

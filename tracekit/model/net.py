@@ -1,7 +1,8 @@
-"""The reference model in PyTorch: what :mod:`tracekit.model.train` trains, operation for operation llama.cpp's ``hy_v3`` graph.
+"""The reference model in PyTorch: what :mod:`tracekit.model.train` trains, operation for operation llama.cpp's
+``hy_v3`` graph.
 
-Source of the graph: llama.cpp, ``src/models/hy-v3.cpp`` (dense blocks: QK norm, NeoX rotary, SwiGLU; the NextN block takes
-``eh_proj [enorm(embedding), hnorm(hidden)]`` and shares the output matrix).
+Source of the graph: llama.cpp, ``src/models/hy-v3.cpp`` (dense blocks: QK norm, NeoX rotary, SwiGLU; the NextN block
+takes ``eh_proj [enorm(embedding), hnorm(hidden)]`` and shares the output matrix).
 """
 
 from __future__ import annotations
@@ -50,7 +51,12 @@ class Block(nn.Module):
         self.ffn_gate = nn.Linear(s.n_embd, s.n_ff, bias=False)
         self.ffn_up = nn.Linear(s.n_embd, s.n_ff, bias=False)
         self.ffn_down = nn.Linear(s.n_ff, s.n_embd, bias=False)
-        for name, size in (("attn_norm", s.n_embd), ("ffn_norm", s.n_embd), ("attn_q_norm", s.n_embd_head), ("attn_k_norm", s.n_embd_head)):
+        for name, size in (
+            ("attn_norm", s.n_embd),
+            ("ffn_norm", s.n_embd),
+            ("attn_q_norm", s.n_embd_head),
+            ("attn_k_norm", s.n_embd_head),
+        ):
             self.register_parameter(name, nn.Parameter(torch.ones(size)))
 
     def qkv(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,6 +78,7 @@ class Block(nn.Module):
         return x + self.ffn_down(F.silu(self.ffn_gate(y)) * self.ffn_up(y))
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """The whole block, causal, on ``[B, T, n_embd]``."""
         q, k, v = self.qkv(x, rope)
         return self.rest(x, F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
 
@@ -108,13 +115,16 @@ class Model(nn.Module):
                     p.data.mul_((2 * s.n_layer) ** -0.5)
 
     def hidden(self, tokens: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """Hidden states ``[B, T, n_embd]`` after the final norm: what the output matrix and the NextN block both take."""
+        """Hidden states ``[B, T, n_embd]`` after the final norm: what the output matrix and the NextN block both
+        take.
+        """
         x = self.token_embd[tokens]
         for block in self.blk:
             x = block(x, rope)
         return rms_norm(x, self.output_norm, self.s.norm_rms_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
+        """Logits ``[B, T, n_vocab]`` of hidden states; the embedding is the output matrix too."""
         return F.linear(hidden, self.token_embd)
 
     def draft_hidden(self, tokens: Tensor, hidden: Tensor, depth: int, rope: tuple[Tensor, Tensor]) -> list[Tensor]:
@@ -126,7 +136,7 @@ class Model(nn.Module):
         and depth ``d - 1``. Rows ``t <= d`` have no such past and hold nothing useful.
         """
         s, eps = self.s, self.s.norm_rms_eps
-        b, t = tokens.shape
+        t = tokens.shape[1]
         e = rms_norm(self.token_embd[tokens], self.enorm, eps)
         previous, out, keys, values = hidden, [], [], []
         index = torch.arange(t, device=tokens.device)

@@ -1,8 +1,9 @@
 """Prompt files: JSON lines of ``{"id", "category", "prompt"}``, and the two sets that ship with the reference model.
 
 ``tune`` and ``heldout`` come from the held-out part of the text (:mod:`tracekit.model.corpus`), different files each:
-``python -m tracekit.model.prompt_sets`` writes them again. Categories: ``code`` and ``prose`` to continue, ``repetitive`` (one snippet again and
-again), ``random`` (meaningless tokens), and ``mixed``, whose continuation changes between paragraphs and fenced code on its own.
+``python -m tracekit.model.prompt_sets`` writes them again. Categories: ``code`` and ``prose`` to continue,
+``repetitive`` (one snippet again and again), ``random`` (meaningless tokens), and ``mixed``, whose continuation
+changes between paragraphs and fenced code on its own.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ class Prompt:
 
 
 def load(path: str | Path) -> list[Prompt]:
-    """The prompts in a file, or in the shipped set ``tune`` or ``heldout``. Raises :class:`TracekitError` naming the line."""
+    """The prompts in a file, or in the shipped set ``tune`` or ``heldout``. Raises :class:`TracekitError` naming the
+    line.
+    """
     name = FOLDER / f"{path}.jsonl"
     file = name if str(path) in PER_CATEGORY else Path(path)
     try:
@@ -107,6 +110,7 @@ def _code(text: str, rng: random.Random) -> str:
 
 
 def main() -> None:
+    """Write both sets into the package."""
     for name, prompts in build().items():
         path = FOLDER / f"{name}.jsonl"
         path.write_text("".join(json.dumps(asdict(p)) + "\n" for p in prompts), "utf-8")

@@ -42,6 +42,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        """One update of every parameter that has a gradient."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -96,7 +97,9 @@ class Stream:
         return torch.tensor(rows)
 
 
-def optimizers(model: Model, names: list[str], muon_lr: float, adam_lr: float, bf16: bool) -> list[torch.optim.Optimizer]:
+def optimizers(
+    model: Model, names: list[str], muon_lr: float, adam_lr: float, bf16: bool
+) -> list[torch.optim.Optimizer]:
     """Muon for the matrices among the parameters ``names``, AdamW for the rest."""
     chosen = {n: p for n, p in model.named_parameters() if n in names}
     matrices = [p for n, p in chosen.items() if p.ndim == 2 and n != "token_embd"]
@@ -110,7 +113,9 @@ def schedule(step: int, steps: int) -> float:
 
 
 def train_phase(name, model, loss_of, names, stream, steps, muon_lr, adam_lr, device, bf16) -> list[tuple[int, float]]:
-    """Run ``steps`` optimisation steps of ``loss_of(batch) -> (loss, dict of figures)``; prints and returns the curve."""
+    """Run ``steps`` optimisation steps of ``loss_of(batch) -> (loss, dict of figures)``; prints and returns the
+    curve.
+    """
     opts = optimizers(model, names, muon_lr, adam_lr, bf16)
     base = [[g["lr"] for g in o.param_groups] for o in opts]
     started, curve, recent = time.monotonic(), [], []
@@ -153,6 +158,7 @@ def agreement(model: Model, tokens: Tensor, rope, depth: int = 5) -> list[float]
 
 
 def main() -> None:
+    """Train, evaluate on the held-out documents, write the GGUF file."""
     parser = argparse.ArgumentParser(description="train tracekit's reference model")
     parser.add_argument("-o", "--out", default="reference.gguf")
     parser.add_argument("--steps-joint", type=int, default=1800)
@@ -161,7 +167,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="rows of 512 tokens per step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--float32", action="store_true", help="no bfloat16 autocast (slower where the processor has bf16)")
+    parser.add_argument(
+        "--float32", action="store_true", help="no bfloat16 autocast (slower where the processor has bf16)"
+    )
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     bf16, device, shape = not args.float32, args.device, Shape()
@@ -171,7 +179,10 @@ def main() -> None:
     tokenizer = tokenizer_of([d.text for d in training], shape.n_vocab)
     encoded = [tokenizer.encode(d.text).ids for d in training for _ in range(KIND_WEIGHT[d.kind])]
     n_tokens = sum(map(len, encoded))
-    print(f"{len(training)} training documents, {sum(len(d.text) for d in training)} characters, {n_tokens} tokens per epoch")
+    print(
+        f"{len(training)} training documents, {sum(len(d.text) for d in training)} characters, {n_tokens} "
+        "tokens per epoch"
+    )
 
     model = Model(shape).to(device)
     rope = tuple(x.to(device) for x in rotary(shape, shape.n_ctx_train))
@@ -184,7 +195,9 @@ def main() -> None:
         main_loss = F.cross_entropy(model.logits(hidden).float().flatten(0, 1), following.flatten())
         loss, figures = main_loss, {"loss": main_loss.item()}
         for d, h in enumerate(model.draft_hidden(tokens, hidden, 1, rope)):
-            depth_loss = F.cross_entropy(model.logits(h[:, d + 1 :]).float().flatten(0, 1), following[:, d + 1 :].flatten())
+            depth_loss = F.cross_entropy(
+                model.logits(h[:, d + 1 :]).float().flatten(0, 1), following[:, d + 1 :].flatten()
+            )
             loss = loss + 0.3 * depth_loss
             figures[f"depth{d + 1}"] = depth_loss.item()
         return loss, figures
@@ -207,7 +220,7 @@ def main() -> None:
     curve = train_phase("joint", model, joint_loss, names, stream, args.steps_joint, args.muon_lr, 3e-3, device, bf16)
     for n, p in model.named_parameters():
         p.requires_grad_(n in head)
-    curve_head = train_phase("head ", model, head_loss, head, stream, args.steps_head, 0.01, 1e-3, device, bf16)
+    curve += train_phase("head ", model, head_loss, head, stream, args.steps_head, 0.01, 1e-3, device, bf16)
 
     figures = {}
     for kind in KIND_WEIGHT:
@@ -215,15 +228,26 @@ def main() -> None:
         rows = min(24, len(ids) // shape.n_ctx_train)
         tokens = torch.tensor(ids[: rows * shape.n_ctx_train]).view(rows, -1).to(device)
         with torch.no_grad():
-            loss = F.cross_entropy(model.logits(model.hidden(tokens, rope))[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).item()
+            loss = F.cross_entropy(
+                model.logits(model.hidden(tokens, rope))[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+            ).item()
         accept = agreement(model, tokens, rope)
-        figures[kind] = {"loss": round(loss, 4), "tokens": tokens.numel(), "accepted_to_depth": [round(a, 4) for a in accept]}
-        print(f"held out {kind:8s} loss {loss:.3f}, drafts 1..5 all right: {' '.join(f'{a:.3f}' for a in accept)} (n = {tokens.numel()} tokens)")
+        figures[kind] = {
+            "loss": round(loss, 4),
+            "tokens": tokens.numel(),
+            "accepted_to_depth": [round(a, 4) for a in accept],
+        }
+        print(
+            f"held out {kind:8s} loss {loss:.3f}, drafts 1..5 all right: "
+            f"{' '.join(f'{a:.3f}' for a in accept)} (n = {tokens.numel()} tokens)"
+        )
 
     notes = {
-        "source": f"standard library of Python {platform.python_version()}, {len(training)} training documents, sha256 {corpus.digest(training)}",
-        "training": f"seed {args.seed}, {args.steps_joint} + {args.steps_head} steps of {args.batch} x {shape.n_ctx_train} tokens, torch {torch.__version__}, {device}",
-        "loss": " ".join(f"{step}:{value:.3f}" for step, value in curve[:: max(1, len(curve) // 20)]),
+        "source": f"standard library of Python {platform.python_version()}, {len(training)} training "
+        f"documents, sha256 {corpus.digest(training)}",
+        "training": f"seed {args.seed}, {args.steps_joint} + {args.steps_head} steps of {args.batch} x "
+        f"{shape.n_ctx_train} tokens, torch {torch.__version__}, {device}",
+        "loss": " ".join(f"{step}:{value:.3f}" for step, value in curve),
         "held_out": json.dumps(figures),
     }
     path = weights.write(to_weights(model, tokenizer, notes), Path(args.out))
@@ -239,12 +263,13 @@ def to_weights(model: Model, tokenizer, notes: dict[str, str]) -> weights.Weight
         elif name in ("enorm", "hnorm", "shared_head_norm") or name.startswith("eh_proj"):
             name = f"blk.{s.n_layer}.nextn.{name}"
         tensors[name.removesuffix(".weight") + ".weight"] = weights.Tensor.of(p.detach().float().cpu().numpy())
-    vocabulary = tokenizer.get_vocab()
+    vocabulary, merges = tokenizer.get_vocab(), json.loads(tokenizer.to_str())["model"]["merges"]
     return weights.Weights(
         n_layer=s.n_layer, n_layer_nextn=1, n_embd=s.n_embd, n_ff=s.n_ff, n_head=s.n_head, n_head_kv=s.n_head_kv,
-        n_embd_head=s.n_embd_head, n_ctx_train=s.n_ctx_train, rope_freq_base=s.rope_freq_base, norm_rms_eps=s.norm_rms_eps,
+        n_embd_head=s.n_embd_head, n_ctx_train=s.n_ctx_train,
+        rope_freq_base=s.rope_freq_base, norm_rms_eps=s.norm_rms_eps,
         tokens=tuple(sorted(vocabulary, key=vocabulary.__getitem__)),
-        merges=tuple(m if isinstance(m, str) else " ".join(m) for m in json.loads(tokenizer.to_str())["model"]["merges"]),
+        merges=tuple(m if isinstance(m, str) else " ".join(m) for m in merges),
         notes=notes, tensors=tensors,
     )  # fmt: skip  # one line per group of sizes
 

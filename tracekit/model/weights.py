@@ -104,7 +104,9 @@ def _maker(tensor: gguf.ReaderTensor) -> Callable[[], np.ndarray]:
     return lambda: np.asarray(tensor.data, np.float32)
 
 
-def write(weights: Weights, path: str | Path, dtype: str = "f16", progress: Callable[[int, int], None] | None = None) -> Path:
+def write(
+    weights: Weights, path: str | Path, dtype: str = "f16", progress: Callable[[int, int], None] | None = None
+) -> Path:
     """Write ``weights`` as GGUF: matrices in ``dtype`` (``f16`` or ``f32``), vectors in float32.
 
     The file appears under its name only when it is complete. ``progress(done, total)`` is called per tensor.

@@ -15,7 +15,9 @@ class _Strict(BaseModel):
 
 
 class Alternative(_Strict):
-    """Another policy on the same trace: tokens per second with a 95 % interval, and whether it kept within the allowed slowdown."""
+    """Another policy on the same trace: tokens per second with a 95 % interval, and whether it kept within the
+    allowed slowdown.
+    """
 
     policy: str
     tokens_per_second: float
@@ -64,4 +66,6 @@ class Evidence(_Strict):
             return cls.model_validate(content)
         except ValidationError as error:
             first = error.errors()[0]
-            raise TracekitError(f"{path}: evidence.{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None
+            raise TracekitError(
+                f"{path}: evidence.{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
+            ) from None

@@ -24,7 +24,9 @@ class PolicyFile:
         import tomli_w
 
         path, r = Path(path), self.policy.rule
-        head: dict[str, Any] = {"name": r.name} if r.path.parent == SHIPPED else {"file": os.path.relpath(r.path, path.resolve().parent)}
+        head: dict[str, Any] = (
+            {"name": r.name} if r.path.parent == SHIPPED else {"file": os.path.relpath(r.path, path.resolve().parent)}
+        )
         content: dict[str, Any] = {"policy": head | {"sha256": r.sha256, "params": self.policy.params._asdict()}}
         if self.evidence is not None:
             content["evidence"] = self.evidence.model_dump(mode="json", exclude_none=True)
@@ -48,7 +50,10 @@ def read(path: str | Path) -> PolicyFile:
         raise TracekitError(f"{path}: not TOML ({error})") from None
     unknown = [k for k in content if k not in ("policy", "evidence")]
     if unknown or "policy" not in content:
-        raise TracekitError(f"{path}: {f'unknown table [{unknown[0]}]' if unknown else 'no table [policy]'}; a policy file has [policy] and [evidence]")
+        raise TracekitError(
+            f"{path}: {f'unknown table [{unknown[0]}]' if unknown else 'no table [policy]'}; a policy file "
+            "has [policy] and [evidence]"
+        )
     head = content["policy"]
     unknown = [k for k in head if k not in ("name", "file", "sha256", "params")]
     if unknown:
@@ -57,7 +62,10 @@ def read(path: str | Path) -> PolicyFile:
         raise TracekitError(f"{path}: [policy] needs name (a shipped policy) or file (a Python file), one of them")
     found = rule(head["name"] if "name" in head else path.parent / head["file"])
     if head.get("sha256", found.sha256) != found.sha256:
-        raise TracekitError(f"{path}: policy {found.name} has changed since the file was written; tune again, or remove policy.sha256 to use it as it is now")
+        raise TracekitError(
+            f"{path}: policy {found.name} has changed since the file was written; tune again, or remove "
+            "policy.sha256 to use it as it is now"
+        )
     policy = found(**head.get("params", {}))
     if "evidence" not in content:
         return PolicyFile(policy)

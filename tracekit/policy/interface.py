@@ -37,8 +37,9 @@ class Now(NamedTuple):
 class Outcome(NamedTuple):
     """What a verification brought.
 
-    ``n_asked``: drafts the policy asked for. ``n_drafted``: drafts verified (fewer where a draft's probability fell below ``p_min``
-    or the request's end was near). ``n_accepted``: drafts equal to the target's choice. ``n_emitted``: tokens emitted.
+    ``n_asked``: drafts the policy asked for. ``n_drafted``: drafts verified (fewer where a draft's probability fell
+    below ``p_min`` or the request's end was near). ``n_accepted``: drafts equal to the target's choice.
+    ``n_emitted``: tokens emitted.
     """
 
     n_asked: int

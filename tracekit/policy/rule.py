@@ -36,7 +36,7 @@ class Rule:
 
     @property
     def types(self) -> dict[str, Any]:
-        """Type of each parameter, in order: ``int``, ``float``, ``bool`` or :data:`~tracekit.policy.interface.Scope`."""
+        """Type of each parameter, in order: ``int``, ``float``, ``bool`` or ``Scope``."""
         hints = get_type_hints(self.Params)
         return {name: hints[name] for name in self.Params._fields}
 
@@ -57,7 +57,10 @@ class Rule:
             if key not in types:
                 near = difflib.get_close_matches(key, types, 1)
                 known = ", ".join(types) or "none"
-                raise TracekitError(f"policy {self.name} has no parameter {key}; {f'did you mean {near[0]}? ' if near else ''}it has: {known}")
+                raise TracekitError(
+                    f"policy {self.name} has no parameter {key}; "
+                    f"{f'did you mean {near[0]}? ' if near else ''}it has: {known}"
+                )
         return Policy(self, self.Params(**{k: convert(self.name, k, types[k], v) for k, v in params.items()}))
 
 
@@ -70,6 +73,7 @@ class Policy:
 
     @property
     def name(self) -> str:
+        """The rule's name."""
         return self.rule.name
 
     @property
@@ -97,7 +101,9 @@ def _text(value: Any) -> str:
 
 
 def convert(policy: str, key: str, kind: Any, value: Any) -> Any:
-    """``value`` (a string, or a value from TOML or Python) as parameter ``key`` of ``kind``; raises :class:`TracekitError`."""
+    """``value`` (a string, or a value from TOML or Python) as parameter ``key`` of ``kind``; raises
+    :class:`TracekitError`.
+    """
     text = str(value).strip().lower()
     if kind is Scope:
         if text in SCOPES:
@@ -124,7 +130,9 @@ def convert(policy: str, key: str, kind: Any, value: Any) -> Any:
 
 def shipped() -> list[Rule]:
     """Every policy that comes with tracekit, ``off`` and ``static`` first."""
-    names = sorted((p.stem for p in SHIPPED.glob("*.py") if p.stem != "__init__"), key=lambda n: (n not in ("off", "static"), n))
+    names = sorted(
+        (p.stem for p in SHIPPED.glob("*.py") if p.stem != "__init__"), key=lambda n: (n not in ("off", "static"), n)
+    )
     return [rule(name) for name in names]
 
 
@@ -135,7 +143,10 @@ def rule(name_or_path: str | Path) -> Rule:
         path = SHIPPED / f"{text}.py"
         if not path.is_file() or text == "__init__":
             known = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.py") if p.stem != "__init__"))
-            raise TracekitError(f"no policy {text!r}; shipped: {known}; or give a Python file (./mine.py) or a policy file (policy.toml)")
+            raise TracekitError(
+                f"no policy {text!r}; shipped: {known}; or give a Python file (./mine.py) or a policy file "
+                "(policy.toml)"
+            )
         return _load(path, text)
     path = Path(text)
     if not path.is_file():
@@ -149,7 +160,9 @@ def _load(path: Path, name: str) -> Rule:
     module = _run(path, name)
     missing = [n for n in REQUIRED if not hasattr(module, n)]
     if missing:
-        raise TracekitError(f"{path}: not a policy: {', '.join(missing)} missing; see `tracekit.policy.interface` for the five names")
+        raise TracekitError(
+            f"{path}: not a policy: {', '.join(missing)} missing; see `tracekit.policy.interface` for the five names"
+        )
     if not hasattr(module.Params, "_fields"):
         raise TracekitError(f"{path}: Params must be a typing.NamedTuple")
     found = Rule(
@@ -166,7 +179,9 @@ def _load(path: Path, name: str) -> Rule:
     )
     for key, kind in found.types.items():
         if kind not in (int, float, bool, Scope) or (kind is Scope) != (key == "scope"):
-            raise TracekitError(f"{path}: parameter {key} must be int, float or bool (scope: tracekit.policy.interface.Scope)")
+            raise TracekitError(
+                f"{path}: parameter {key} must be int, float or bool (scope: tracekit.policy.interface.Scope)"
+            )
         if key not in found.defaults:
             raise TracekitError(f"{path}: parameter {key} needs a default")
     unknown = [key for key in found.space if key not in found.types]

@@ -2,7 +2,8 @@
 
 ``name:key=value,key=value``; a comma then starts the next policy (it has no ``=``, or a ``:`` before it) or another
 value of the same key (it is a number or a truth value). ``low..high/step`` is a range, both ends included. Several
-values sweep: every combination is one policy. A name that ends in ``.py`` is a policy of one's own, in ``.toml`` a policy file.
+values sweep: every combination is one policy. A name that ends in ``.py`` is a policy of one's own, in ``.toml`` a
+policy file.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ _VALUE = re.compile(r"[-+]?[\d.][\d.eE+-]*(\.\.[-+\d.eE]+/[-+\d.eE]+)?|true|fals
 
 
 def parse(text: str) -> list[Policy]:
-    """Every policy that ``text`` names, sweeps expanded, in order. Raises :class:`TracekitError` for what it cannot read."""
+    """Every policy that ``text`` names, sweeps expanded, in order. Raises :class:`TracekitError` for what it cannot
+    read.
+    """
     found: list[Policy] = []
     for name, values in _split(text):
         found.extend([file.read(name).policy] if name.endswith(".toml") else sweep(rule(name), values))

@@ -1,7 +1,9 @@
-"""A trace as arrays: for every position of every request, how many drafts would have been right, and how sure that is.
+"""A trace as arrays: for every position of every request, how many drafts would have been right, and how sure that
+is.
 
-A probe trace knows every position. A live trace knows those where a verification began, and how many drafts were accepted; where all
-were, more might have been (right-censored); elsewhere nothing. ``known`` carries the difference into the simulator.
+A probe trace knows every position. A live trace knows those where a verification began, and how many drafts were
+accepted; where all were, more might have been (right-censored); elsewhere nothing. ``known`` carries the difference
+into the simulator.
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ ANY = 255  # ``known`` where the number of right drafts is known whatever the dr
 class Positions:
     """The positions of a trace, requests one after another, ready for the compiled simulator.
 
-    Request ``r`` with ``n_generated[r]`` tokens has ``n_generated[r] - 1`` positions, from ``first[r]``: at position ``g`` (1-based) ``g`` tokens
-    have been emitted and further ones may be drafted. ``match`` uint8 ``[P]``: drafts that equal what follows. ``known`` uint8 ``[P]``: the
-    draft length up to which ``match`` is exact (``ANY``: every length). ``probs`` float32 ``[P, n_max]``: draft probabilities, -1 unknown.
+    Request ``r`` with ``n_generated[r]`` tokens has ``n_generated[r] - 1`` positions, from ``first[r]``: at position
+    ``g`` (1-based) ``g`` tokens have been emitted and further ones may be drafted. ``match`` uint8 ``[P]``: drafts
+    that equal what follows. ``known`` uint8 ``[P]``: the draft length up to which ``match`` is exact (``ANY``: every
+    length). ``probs`` float32 ``[P, n_max]``: draft probabilities, -1 unknown.
     """
 
     first: np.ndarray
@@ -40,6 +43,7 @@ class Positions:
 
     @property
     def n_requests(self) -> int:
+        """Requests in the arrays."""
         return len(self.n_generated)
 
     @property
@@ -50,10 +54,23 @@ class Positions:
     @property
     def n_bytes(self) -> int:
         """Memory the arrays take."""
-        return sum(a.nbytes for a in (self.first, self.n_generated, self.n_prompt, self.max_tokens, self.n_ctx, self.match, self.known, self.probs))
+        return sum(
+            a.nbytes
+            for a in (
+                self.first,
+                self.n_generated,
+                self.n_prompt,
+                self.max_tokens,
+                self.n_ctx,
+                self.match,
+                self.known,
+                self.probs,
+            )
+        )
 
     def guess(self, filled: str) -> Positions:
-        """The same positions with what is unknown filled in: ``none`` (no draft right), ``all``, or ``mean`` (as where it is known).
+        """The same positions with what is unknown filled in: ``none`` (no draft right), ``all``, or ``mean`` (as
+        where it is known).
 
         ``none`` and ``all`` bracket a replay that has to extrapolate; ``mean`` is its best estimate.
         """
@@ -63,8 +80,7 @@ class Positions:
         short = self.known < ANY
         if filled == "all":
             return replace(self, match=np.where(short, self.n_max, match).astype(np.uint8))
-        # draft j + 1 is right, given that j were, as often as at positions where that was seen; filled in without randomness,
-        # by giving every unknown position the same quantile walk
+        # draft j + 1 is right, given that j were, as often as at the positions where that was seen (a fixed seed)
         rng = np.random.default_rng(0)
         for j in range(self.n_max):
             seen = ((self.known > j) | (match > j)) & (match >= j)
@@ -75,7 +91,9 @@ class Positions:
 
 
 def positions(trace: TraceFile) -> Positions:
-    """The positions of every finished or cut-off request of ``trace`` that drafted. Raises :class:`TracekitError` where there is none."""
+    """The positions of every finished or cut-off request of ``trace`` that drafted. Raises :class:`TracekitError`
+    where there is none.
+    """
     arms = "('probe', 'live')"
     requests = trace.frame(
         f"""SELECT run, request, category, prompt_id, n_prompt, max_tokens, n_ctx, arm,
@@ -84,13 +102,20 @@ def positions(trace: TraceFile) -> Positions:
             WHERE arm IN {arms} GROUP BY ALL HAVING sum(n_proposed) > 0 OR arm = 'probe' ORDER BY run, request"""
     ).filter(pl.col("n_generated") > 1)
     if requests.is_empty():
-        raise TracekitError(f"{trace.path}: no request in it drafted anything; record with --mode probe, or live with a policy that drafts")
+        raise TracekitError(
+            f"{trace.path}: no request in it drafted anything; record with --mode probe, or live with a "
+            "policy that drafts"
+        )
     if requests["arm"].n_unique() > 1:
         requests = requests.filter(pl.col("arm") == "probe")
     rows = trace.frame(
         """SELECT run, request, n_generated, n_proposed, n_drafted, n_matched, stop, draft_probs
            FROM verifications WHERE n_generated > 0 AND len(tokens) > 0 ORDER BY run, request, n_generated"""
-    ).join(requests.select("run", "request", pl.int_range(pl.len()).alias("index")), on=["run", "request"], maintain_order="left")
+    ).join(
+        requests.select("run", "request", pl.int_range(pl.len()).alias("index")),
+        on=["run", "request"],
+        maintain_order="left",
+    )
     probe = requests["arm"][0] == "probe"
     n_generated = requests["n_generated"].to_numpy().astype(np.int64)
     first = np.concatenate(([0], np.cumsum(n_generated - 1)))[:-1]

@@ -1,8 +1,9 @@
 """The least time any policy could have taken on a trace: a dynamic programme over positions, knowing every outcome.
 
-At each position the best draft length is chosen with hindsight. Catch-up is the only cost that remembers the past; its rows are all
-rows up to the last round that drafts, so "will draft again" and "will not" are the two states. It is priced by a line that lies
-under the measured prices, hence the result bounds every policy from below, and a regret against it from above.
+At each position the best draft length is chosen with hindsight, and no graph is ever built again. Catch-up is the
+only cost that remembers the past; its rows are all rows up to the last round that drafts, so "will draft again" and
+"will not" are the two states. It is priced by a line that lies under the measured prices, hence the result bounds
+every policy from below, and a regret against it from above.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ def clairvoyant_us(positions: Positions, cost: CostModel) -> np.ndarray:
     width = prices[kernel.N_SCALARS : kernel.N_SCALARS + n_max + 2]
     catchup = prices[kernel.N_SCALARS + n_max + 2 :]
     row_us, round_us = _line_under(catchup, prices[kernel.LONG_CATCHUPS], prices[kernel.LONG_CATCHUP_ROWS])
+    row_us = min(row_us, prices[kernel.PROMPT_CATCHUP_ROWS])
     terms = np.array(
         [
             prices[kernel.STEPS] + width[1] + prices[kernel.TOKENS],
@@ -38,9 +40,12 @@ def clairvoyant_us(positions: Positions, cost: CostModel) -> np.ndarray:
     )
     p = positions
     out = np.zeros(p.n_requests)
-    _compiled()(p.first, p.n_generated, p.n_prompt, p.max_tokens, p.n_ctx, p.match, np.asarray(width), terms, n_max, out)
+    _compiled()(
+        p.first, p.n_generated, p.n_prompt, p.max_tokens, p.n_ctx, p.match, np.asarray(width), terms, n_max, out
+    )
     steps = p.n_generated - 1
     plain = steps * (cost.no_mtp[kernel.STEPS] + cost.no_mtp[kernel.TOKENS] + cost.no_mtp[kernel.N_SCALARS + 1])
+    plain = plain + cost.no_mtp[kernel.RESHAPES]
     past = steps * p.n_prompt + steps * (steps - 1) // 2
     return np.minimum(out, plain + past * (cost.no_mtp[kernel.PAST] + cost.no_mtp[kernel.PAST_WIDTH]))
 

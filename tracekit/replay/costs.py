@@ -1,20 +1,24 @@
 """What things cost, fitted from a trace's timings: prices for the counts of a walk, with their uncertainty.
 
-    step = host + draft(decodes, rows caught up) + target(batch width) + sampling(tokens), each decode dearer with context
+::
 
-Every part is fitted to its own measured times: a robust mean per batch width and per number of rows, made monotone (isotonic
-regression), over slopes in context. Three baselines stay apart: *no MTP* (hidden states not even extracted), MTP loaded but
-idle, and each draft length.
+    step = host + draft(decodes, rows caught up) + target(batch width) + sampling(tokens)
+
+Each decode is dearer with more context, and one of another shape than the one before costs a new graph. Every part is
+fitted to its own measured times: a robust mean per batch width and per number of rows, made monotone (isotonic
+regression), over slopes in context. Three baselines stay apart: *no MTP* (hidden states not even extracted), MTP
+loaded but idle, and each draft length.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import polars as pl
 from scipy.optimize import isotonic_regression
+from scipy.stats import theilslopes
 
 from tracekit.errors import TracekitError
 from tracekit.replay import kernel
@@ -22,15 +26,16 @@ from tracekit.trace.store import TraceFile
 
 N_BOOT = 100
 LEAST = 5  # measurements that make a cell
+_FIXED = [kernel.LONG_CATCHUPS, kernel.LONG_CATCHUP_ROWS, kernel.PROMPT_CATCHUPS, kernel.PROMPT_CATCHUP_ROWS]
 
 
 @dataclass(frozen=True)
 class CostModel:
     """Microseconds per count of :mod:`tracekit.replay.kernel`, for drafts of up to ``n_max`` tokens.
 
-    ``prices`` and ``no_mtp`` (the baseline without MTP): float64 ``[n_counts]``. ``boot`` and ``boot_no_mtp``: the same fitted to
-    resampled requests, ``[n_boot, n_counts]``. ``cells``: what was measured, how often, and its median. ``spread_ratio``: median
-    absolute deviation of a step's measured time over its fitted one.
+    ``prices`` and ``no_mtp`` (the baseline without MTP): float64 ``[n_counts]``. ``boot`` and ``boot_no_mtp``: the
+    same fitted to resampled requests, ``[n_boot, n_counts]``. ``cells``: what was measured, how often, and its
+    median. ``spread_ratio``: median absolute deviation of a step's measured time over its fitted one.
     """
 
     n_max: int
@@ -50,10 +55,16 @@ class CostModel:
 
 def fit(trace: TraceFile, n_max: int, n_boot: int = N_BOOT, seed: int = 0) -> CostModel:
     """The cost model of ``trace``. Raises :class:`TracekitError` where something that is needed was never measured."""
-    steps = _Steps.read(trace)
+    steps, drift = _Steps.read(trace).steadied(n_max)
     prices, no_mtp = steps.prices(n_max)
+    _price_long_catchups(trace, prices, n_max)
     rng = np.random.default_rng(seed)
-    boot = [steps.resampled(rng).prices(n_max, otherwise=(prices, no_mtp)) for _ in range(n_boot)]
+    boot = []
+    for _ in range(n_boot):
+        drawn, level = steps.resampled(rng, drift)
+        priced = drawn.prices(n_max, otherwise=(prices, no_mtp))
+        priced[0][_FIXED] = prices[_FIXED]  # a line through a few dozen prompts; its uncertainty is not drawn
+        boot.append((priced[0] * level, priced[1] * level))
     ratio = steps.wall / steps.fitted(prices, no_mtp, n_max)
     return CostModel(
         n_max=n_max,
@@ -78,13 +89,15 @@ class _Steps:
     """The generating steps of one slot as columns (float64 ``[n]``; microseconds, tokens)."""
 
     path: str
-    request: np.ndarray
+    block: np.ndarray  # consecutive requests of one prompt: close together in time
     mtp: np.ndarray
     past: np.ndarray
     width: np.ndarray
+    width_before: np.ndarray  # of the target decode before
     emitted: np.ndarray
     decodes: np.ndarray
-    rows: np.ndarray
+    rows: np.ndarray  # of the first MTP decode
+    rows_before: np.ndarray  # of the MTP decode before that
     target: np.ndarray
     first: np.ndarray
     draft: np.ndarray
@@ -95,14 +108,28 @@ class _Steps:
     @classmethod
     def read(cls, trace: TraceFile) -> _Steps:
         frame = trace.frame(
-            """SELECT dense_rank() OVER (ORDER BY run, request) - 1 AS request, mtp, n_past AS past, n_tokens AS width,
-                      len(v.tokens) AS emitted, n_draft_decodes AS decodes, n_catchup AS rows, target_us AS target,
-                      first_draft_us AS first, draft_us AS draft, catchup_us AS catchup, sample_us AS sample, wall_us AS wall
-               FROM steps s JOIN verifications v USING (run, step)
-               WHERE s.n_slots = 1 AND s.n_prompt = 0 AND v.n_generated > 0 ORDER BY run, step"""
+            """WITH mtp AS (
+                   SELECT run, step, lag(CASE WHEN n_draft_decodes = 1 THEN n_catchup WHEN n_draft_decodes > 1 THEN 1
+                                              ELSE n_ahead END) OVER (PARTITION BY run ORDER BY step) AS rows_before
+                   FROM steps WHERE n_draft_decodes > 0 OR n_ahead > 0),
+               blocks AS (
+                   SELECT run, request, count(*) FILTER (WHERE new) OVER (ORDER BY run, request) - 1 AS block
+                   FROM (SELECT *, prompt_id IS DISTINCT FROM lag(prompt_id) OVER (ORDER BY run, request) AS new
+                         FROM requests)),
+               target AS (SELECT *, lag(n_tokens) OVER (PARTITION BY run ORDER BY step) AS width_before FROM steps)
+               SELECT block, mtp, n_past AS past, n_tokens AS width,
+                      coalesce(width_before, 0) AS width_before, len(v.tokens) AS emitted,
+                      n_draft_decodes AS decodes, n_catchup AS rows, coalesce(rows_before, 0) AS rows_before,
+                      target_us AS target, first_draft_us AS first, draft_us AS draft, catchup_us AS catchup,
+                      sample_us AS sample, wall_us AS wall
+               FROM target s JOIN verifications v USING (run, step) JOIN runs USING (run)
+                    JOIN blocks USING (run, request) LEFT JOIN mtp USING (run, step)
+               WHERE (settings->>'n_slots')::INT = 1 AND s.n_prompt = 0 AND v.n_generated > 0 ORDER BY run, step"""
         )
         if frame.is_empty():
-            raise TracekitError(f"{trace.path}: no step of a single slot in it; costs need a recording with --parallel 1")
+            raise TracekitError(
+                f"{trace.path}: recorded with several slots; costs of one slot need a recording with --parallel 1"
+            )
         found = cls(str(trace.path), **{c: frame[c].cast(pl.Float64).to_numpy() for c in frame.columns})
         if (found.mtp == 0).sum() < LEAST:
             raise TracekitError(f"{trace.path}: the baseline without MTP was not recorded; record with --baseline")
@@ -112,18 +139,51 @@ class _Steps:
         """The steps at ``chosen`` (a mask or indices)."""
         return _Steps(self.path, *(getattr(self, f.name)[chosen] for f in fields(self)[1:]))
 
-    def resampled(self, rng: np.random.Generator) -> _Steps:
-        """As many requests, drawn with replacement, with all their steps: neighbouring steps are not independent."""
-        n = int(self.request.max()) + 1
+    def steadied(self, n_max: int) -> tuple[_Steps, np.ndarray]:
+        """The steps as if the machine had run at its mean speed throughout, and how slow each block was (mean 1 over
+        steps).
+
+        A shared machine's speed drifts by tens of per cent within minutes. Every block holds steps of many kinds, so
+        its slowness is the median of measured over fitted time; fit and slowness are refined in turn.
+        """
+        blocks, slowness = self.block.astype(int), np.ones(int(self.block.max()) + 1)
+        steady = self
+        for _ in range(3):
+            ratio = steady.wall / steady.fitted(*steady.prices(n_max), n_max)
+            for b in np.unique(blocks):
+                here = ratio[blocks == b]
+                slowness[b] *= np.median(here) if len(here) >= 4 * LEAST else 1.0
+            slowness /= slowness[blocks].mean()
+            steady = self.slowed(1 / slowness[blocks])
+        return steady, slowness
+
+    def slowed(self, by: np.ndarray) -> _Steps:
+        """All times multiplied by ``by``, float64 ``[n]``."""
+        times = {name: getattr(self, name) * by for name in ("target", "first", "draft", "catchup", "sample", "wall")}
+        return replace(self, **times)
+
+    def resampled(self, rng: np.random.Generator, slowness: np.ndarray) -> tuple[_Steps, float]:
+        """As many blocks, drawn with replacement, with all their steps (neighbours are not independent); their mean
+        slowness.
+        """
+        blocks, n = self.block.astype(int), len(slowness)
         times = np.bincount(rng.integers(0, n, n), minlength=n)
-        return self.take(np.repeat(np.arange(len(self.request)), times[self.request.astype(int)]))
+        chosen = np.repeat(np.arange(len(blocks)), times[blocks])
+        return self.take(chosen), float(slowness[blocks[chosen]].mean())
 
     @property
     def host(self) -> np.ndarray:
         """What a step takes beside decoding and sampling."""
         return self.wall - self.target - self.draft - self.catchup - self.sample
 
-    def prices(self, n_max: int, otherwise: tuple[np.ndarray, np.ndarray] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    @property
+    def reshapes(self) -> np.ndarray:
+        """Whether the target's batch had another width than the one before."""
+        return (self.width != self.width_before).astype(float)
+
+    def prices(
+        self, n_max: int, otherwise: tuple[np.ndarray, np.ndarray] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """``(prices, no_mtp)``; what these steps do not measure is taken from ``otherwise``, or refused without it."""
         prices, no_mtp = np.zeros(kernel.n_counts(n_max)), np.zeros(kernel.n_counts(n_max))
         before = otherwise or (None, None)
@@ -133,17 +193,19 @@ class _Steps:
         on._price_host(prices)
         if not len(off.wall):
             return prices, before[1]
-        per_token = prices[kernel.PAST] + prices[kernel.PAST_WIDTH]
-        no_mtp[kernel.PAST] = per_token
+        per_token, reshape = prices[kernel.PAST] + prices[kernel.PAST_WIDTH], prices[kernel.RESHAPES]
+        no_mtp[kernel.PAST], no_mtp[kernel.RESHAPES] = per_token, reshape
         no_mtp[kernel.STEPS] = _robust_mean(off.wall - off.target)
-        no_mtp[_layout(n_max)[0]][1] = _robust_mean(off.target - per_token * off.past)
+        no_mtp[_layout(n_max)[0]][1] = _robust_mean(off.target - per_token * off.past - reshape * off.reshapes)
         return prices, no_mtp
 
     def _price_target(self, prices: np.ndarray, n_max: int, before: np.ndarray | None) -> None:
         widths = _layout(n_max)[0]
-        level, slope = _slopes(self.past, self.target, self.width)
-        prices[kernel.PAST], prices[kernel.PAST_WIDTH] = level, slope
-        cells = _cells(self.target - self.past * (level + slope * self.width), self.width, n_max + 2)
+        reshape = _step_up(self.target, self.reshapes, self.width)
+        time = self.target - reshape * self.reshapes
+        level, slope = _slopes(self.past, time, self.width)
+        prices[kernel.RESHAPES], prices[kernel.PAST], prices[kernel.PAST_WIDTH] = reshape, level, slope
+        cells = _cells(time - self.past * (level + slope * self.width), self.width, n_max + 2)
         prices[widths] = self._complete(cells, None if before is None else before[widths], "target batches of width")
 
     def _price_drafting(self, prices: np.ndarray, n_max: int, before: np.ndarray | None) -> None:
@@ -151,22 +213,18 @@ class _Steps:
         if not len(rounds.wall):
             return
         catchups, edge = _layout(n_max)[1], n_max + 1
-        short, long = rounds.take(rounds.rows <= edge), rounds.take(rounds.rows > edge)
-        more = rounds.take(rounds.decodes > 1)
+        short, more = rounds.take(rounds.rows <= edge), rounds.take(rounds.decodes > 1)
+        changed = (short.rows != short.rows_before).astype(float)
+        reshape = _step_up(short.first, changed, short.rows)
         per_past = _slopes(short.past, short.first, short.rows)[0]
-        prices[kernel.PAST_DRAFT] = per_past
+        prices[kernel.DRAFT_RESHAPES], prices[kernel.PAST_DRAFT] = reshape, per_past
         if len(more.wall):
-            each = (more.draft - more.first) / (more.decodes - 1)
+            each = (more.draft - more.first - reshape * (more.rows != 1)) / (more.decodes - 1)
             prices[kernel.DRAFT_DECODES] = _robust_mean(each - per_past * more.past)
         known = None if before is None else before[catchups] + before[kernel.DRAFT_DECODES]
-        first = self._complete(_cells(short.first - per_past * short.past, short.rows, n_max + 2), known, "catch-ups of rows")
+        time = short.first - per_past * short.past - reshape * changed
+        first = self._complete(_cells(time, short.rows, n_max + 2), known, "catch-ups of rows")
         prices[catchups] = first - prices[kernel.DRAFT_DECODES]
-        slope = (first[-1] - first[1]) / n_max
-        if len(long.wall):
-            beyond = long.first + long.catchup - per_past * long.past - first[-1]
-            slope = max(0.0, _robust_mean(beyond / (long.rows - edge)))
-        prices[kernel.LONG_CATCHUP_ROWS] = slope
-        prices[kernel.LONG_CATCHUPS] = first[-1] - slope * edge - prices[kernel.DRAFT_DECODES]
 
     def _price_host(self, prices: np.ndarray) -> None:
         drafting = self.decodes > 0
@@ -176,7 +234,7 @@ class _Steps:
         prices[kernel.DRAFT_ROUNDS] = _robust_mean(self.host[drafting]) - idle if drafting.any() else 0.0
 
     def _complete(self, cells: np.ndarray, otherwise: np.ndarray | None, what: str) -> np.ndarray:
-        """``cells`` from 1 on, gaps closed between neighbours and made non-decreasing; an end must have been measured."""
+        """``cells`` from 1 on, gaps closed between neighbours, made non-decreasing; an end must have been measured."""
         cells = cells.copy()
         cells[0] = 0.0
         empty = np.isnan(cells)
@@ -185,7 +243,7 @@ class _Steps:
         elif empty[1] or empty[-1]:
             missing = 1 if empty[1] else len(cells) - 1
             raise TracekitError(
-                f"{self.path}: {what} {missing} measured fewer than {LEAST} times; record more, or replay with a smaller --n-max"
+                f"{self.path}: {what} {missing} measured fewer than {LEAST} times; record more prompts or tokens"
             )
         elif empty.any():
             cells[empty] = np.interp(np.flatnonzero(empty), np.flatnonzero(~empty), cells[~empty])
@@ -202,11 +260,13 @@ class _Steps:
             return np.where(on, prices[index], no_mtp[index])
 
         time = price(kernel.STEPS) + price(kernel.TOKENS) * self.emitted + price(kernel.PAST) * self.past
-        time += price(kernel.PAST_WIDTH) * self.past * self.width
+        time += price(kernel.PAST_WIDTH) * self.past * self.width + price(kernel.RESHAPES) * self.reshapes
         time += np.where(on, prices[widths][width], no_mtp[widths][width])
         short = prices[catchups][np.minimum(rows, n_max + 1)]
         long = prices[kernel.LONG_CATCHUPS] + prices[kernel.LONG_CATCHUP_ROWS] * rows
-        drafting = prices[kernel.DRAFT_ROUNDS] + self.decodes * (prices[kernel.DRAFT_DECODES] + prices[kernel.PAST_DRAFT] * self.past)
+        drafting = self.decodes * (prices[kernel.DRAFT_DECODES] + prices[kernel.PAST_DRAFT] * self.past)
+        changed = (rows != self.rows_before) + ((self.decodes > 1) & (rows != 1))
+        drafting += prices[kernel.DRAFT_ROUNDS] + prices[kernel.DRAFT_RESHAPES] * changed
         return time + np.where(self.decodes > 0, drafting + np.where(rows <= n_max + 1, short, long), 0.0)
 
     def cells(self) -> pl.DataFrame:
@@ -227,6 +287,25 @@ class _Steps:
         return pl.concat(frames)
 
 
+def _price_long_catchups(trace: TraceFile, prices: np.ndarray, n_max: int) -> None:
+    """Rows beyond the table, a line through prompts caught up while they were read (or, without any, the table's
+    slope).
+    """
+    rows = trace.frame(
+        """SELECT n_ahead AS rows, catchup_us AS us FROM steps JOIN runs USING (run)
+           WHERE (settings->>'n_slots')::INT = 1 AND n_ahead > 0"""
+    )
+    edge = n_max + 1
+    first = prices[_layout(n_max)[1]] + prices[kernel.DRAFT_DECODES]
+    per_row, fixed = (first[-1] - first[1]) / n_max, first[1]
+    if rows.height >= LEAST and rows["rows"].n_unique() > 1:
+        line = theilslopes(rows["us"].to_numpy(), rows["rows"].to_numpy())
+        per_row, fixed = max(float(line.slope), 0.0), max(float(line.intercept), 0.0)
+    prices[kernel.PROMPT_CATCHUPS], prices[kernel.PROMPT_CATCHUP_ROWS] = fixed, per_row
+    prices[kernel.LONG_CATCHUP_ROWS] = per_row
+    prices[kernel.LONG_CATCHUPS] = first[-1] - per_row * edge - prices[kernel.DRAFT_DECODES]
+
+
 def _robust_mean(values: np.ndarray) -> float:
     """Mean of ``values`` with those far off (a descheduled process, not the work) pulled in to eight median deviations.
 
@@ -245,6 +324,17 @@ def _cells(times: np.ndarray, keys: np.ndarray, size: int) -> np.ndarray:
         if len(here) >= LEAST:
             cells[key] = _robust_mean(here)
     return cells
+
+
+def _step_up(y: np.ndarray, flag: np.ndarray, keys: np.ndarray) -> float:
+    """How much more ``y`` is where ``flag`` is 1: differences of medians at equal ``key``, averaged; never negative."""
+    found, weight = [], []
+    for key in np.unique(keys):
+        with_flag, without = y[(keys == key) & (flag == 1)], y[(keys == key) & (flag == 0)]
+        if min(len(with_flag), len(without)) >= LEAST:
+            found.append(np.median(with_flag) - np.median(without))
+            weight.append(min(len(with_flag), len(without)))
+    return max(0.0, float(np.average(found, weights=weight))) if found else 0.0
 
 
 def _slopes(x: np.ndarray, y: np.ndarray, keys: np.ndarray) -> tuple[float, float]:

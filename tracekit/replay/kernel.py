@@ -1,11 +1,12 @@
 """The simulator: walks every request of a trace under a policy, one verification after another, and counts.
 
-As it stands this module simulates ``off``: :mod:`tracekit.replay.link` puts another policy's source in the place of the line that imports
-it, and compiles the result with Numba (or does not: the interpreted twin). A walk counts what happened rather
-than adding up time, so its counts are exact and any cost model can price them afterwards.
+As it stands this module simulates ``off``: :mod:`tracekit.replay.link` puts another policy's source in the place of
+the line that imports it, and compiles the result with Numba (or does not: the interpreted twin). A walk counts what
+happened rather than adding up time, so its counts are exact and any cost model can price them afterwards.
 
-Counts of one request, int64 ``[n_counts(n_max)]``: the scalars named below, then a histogram of target batch widths (0 .. ``n_max + 1``),
-then one of rows in the first MTP decode of a round (0 .. ``n_max + 1``; longer ones are in LONG_CATCHUPS and LONG_CATCHUP_ROWS).
+Counts of one request, int64 ``[n_counts(n_max)]``: the scalars named below, then a histogram of target batch widths
+(0 .. ``n_max + 1``), then one of rows in the first MTP decode of a round (0 .. ``n_max + 1``; longer ones are in
+LONG_CATCHUPS and LONG_CATCHUP_ROWS).
 """
 
 import numpy as np
@@ -27,7 +28,11 @@ PAST_WIDTH = 10  # the same times the batch width
 PAST_DRAFT = 11  # tokens in memory times MTP decodes
 LONG_CATCHUPS = 12
 LONG_CATCHUP_ROWS = 13
-N_SCALARS = 14
+PROMPT_CATCHUPS = 14  # prompts caught up while they were read, because the policy drafts right after them
+PROMPT_CATCHUP_ROWS = 15
+RESHAPES = 16  # target decodes of another width than the one before: llama.cpp builds its graph again
+DRAFT_RESHAPES = 17  # the same for the MTP context
+N_SCALARS = 18
 
 
 def n_counts(n_max):
@@ -43,17 +48,25 @@ def params_of(row):
 def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, known, probs, counts):
     """One request under one policy; fills ``counts`` (zeroed) and returns the policy's state.
 
-    ``first`` is the request's first position in ``match``, ``known`` and ``probs`` (:class:`tracekit.replay.arrays.Positions`).
-    The rules are the engine's (:mod:`tracekit.engine.loop`): room, ``p_min``, acceptance, rows to catch up.
+    ``first`` is the request's first position in ``match``, ``known`` and ``probs``
+    (:class:`tracekit.replay.arrays.Positions`). The rules are the engine's (:mod:`tracekit.engine.loop`): room,
+    ``p_min``, acceptance, rows to catch up.
     """
     n_max = probs.shape[1]
     width_at = N_SCALARS
     catchup_at = N_SCALARS + n_max + 2
     generated = 1
     behind = n_prompt + 1  # rows the MTP context has not seen, the last token's included
+    asked, p_min = decide(params, state, Now(1, n_prompt, max_tokens - 1, 1))
+    if asked > 0:
+        counts[PROMPT_CATCHUPS] = 1
+        counts[PROMPT_CATCHUP_ROWS] = n_prompt
+        behind = 1
     asked_before = 0
+    width_before = 0  # of the target's last decode, and rows of the MTP context's; a prompt's, never equal
+    rows_before = 0
     steps = verifications = all_drafted = all_accepted = rounds = all_decodes = trips = inexact = 0
-    all_past = past_width = past_draft = long_catchups = long_rows = 0
+    all_past = past_width = past_draft = long_catchups = long_rows = reshapes = draft_reshapes = 0
     while generated < n_generated:
         past = n_prompt + generated - 1
         left = max_tokens - generated
@@ -87,6 +100,8 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
             else:
                 long_catchups += 1
                 long_rows += behind
+            draft_reshapes += (behind != rows_before) + (decodes > 1 and behind != 1)
+            rows_before = behind if decodes == 1 else 1
             behind = 0
             verifications += drafted > 0
             all_drafted += drafted
@@ -97,6 +112,8 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
         emitted = min(accepted + 1, n_generated - generated)
         steps += 1
         counts[width_at + drafted + 1] += 1
+        reshapes += drafted + 1 != width_before
+        width_before = drafted + 1
         all_past += past
         past_width += past * (drafted + 1)
         state = learn(params, state, now, Outcome(asked, drafted, accepted, emitted))
@@ -116,6 +133,8 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
     counts[PAST_DRAFT] = past_draft
     counts[LONG_CATCHUPS] = long_catchups
     counts[LONG_CATCHUP_ROWS] = long_rows
+    counts[RESHAPES] = reshapes
+    counts[DRAFT_RESHAPES] = draft_reshapes
     return state
 
 
@@ -130,9 +149,10 @@ def price(counts, cost):
 def walk_all(rows, shared, arrays, cost, out, detail):
     """Every request under every policy.
 
-    ``rows`` float64 ``[n_policies, n_params]``; ``shared`` bool ``[n_policies]``: the state outlives its requests. ``arrays``: the eight of
-    :class:`~tracekit.replay.arrays.Positions`, in order. ``out`` float64 ``[n_policies, n_requests, N_SCALARS + 1]`` gets the scalar counts and,
-    last, the time in microseconds. ``detail`` int64 ``[n_policies, n_requests, n_counts]`` gets all counts, or is empty.
+    ``rows`` float64 ``[n_policies, n_params]``; ``shared`` bool ``[n_policies]``: the state outlives its requests.
+    ``arrays``: the eight of :class:`~tracekit.replay.arrays.Positions`, in order. ``out`` float64 ``[n_policies,
+    n_requests, N_SCALARS + 1]`` gets the scalar counts and, last, the time in microseconds. ``detail`` int64
+    ``[n_policies, n_requests, n_counts]`` gets all counts, or is empty.
     """
     first, n_generated, n_prompt, max_tokens, n_ctx, match, known, probs = arrays
     counts = np.zeros(len(cost), np.int64)
@@ -143,7 +163,19 @@ def walk_all(rows, shared, arrays, cost, out, detail):
             if not shared[k]:
                 state = begin(params)
             counts[:] = 0
-            state = walk(params, state, first[r], n_generated[r], n_prompt[r], max_tokens[r], n_ctx[r], match, known, probs, counts)
+            state = walk(
+                params,
+                state,
+                first[r],
+                n_generated[r],
+                n_prompt[r],
+                max_tokens[r],
+                n_ctx[r],
+                match,
+                known,
+                probs,
+                counts,
+            )
             for i in range(N_SCALARS):
                 out[k, r, i] = counts[i]
             out[k, r, N_SCALARS] = price(counts, cost)

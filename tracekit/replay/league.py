@@ -11,7 +11,8 @@ import polars as pl
 
 from tracekit.policy.rule import Policy, rule
 from tracekit.replay import kernel
-from tracekit.replay.arrays import Positions, positions
+from tracekit.replay.arrays import Positions
+from tracekit.replay.arrays import positions as positions_of
 from tracekit.replay.clairvoyant import clairvoyant_us
 from tracekit.replay.costs import CostModel, fit
 from tracekit.replay.simulate import counts
@@ -30,21 +31,26 @@ class Interval:
 
 
 class League:
-    """A trace made ready: positions, costs, the bootstrap draws, and the three references every policy is held against.
+    """Positions and costs made ready: the bootstrap draws, and the three references every policy is held against.
 
-    ``cost`` may come from another trace than the positions (*what if this workload ran there?*).
+    ``cost`` may come from another trace than the positions (*what if this workload ran there?*). ``trace``: where the
+    positions come from, None for made-up ones.
     """
 
-    def __init__(self, trace: TraceFile, cost: CostModel | None = None, seed: int = 0):
-        self.trace = trace
-        self.positions = positions(trace)
-        self.cost = cost or fit(trace, self.positions.n_max)
+    def __init__(self, positions: Positions, cost: CostModel, trace: TraceFile | None = None, seed: int = 0):
+        self.positions, self.cost, self.trace = positions, cost, trace
         rng = np.random.default_rng(seed)
         n = self.positions.n_requests
         self._draws = rng.multinomial(n, np.full(n, 1 / n), len(self.cost.boot))  # [n_boot, n_requests]
         self.tokens = (self.positions.n_generated - 1).astype(float)
         self._off = counts([rule("off")()], self.positions)[0]
         self.clairvoyant_us = clairvoyant_us(self.positions, self.cost)
+
+    @classmethod
+    def of(cls, trace: TraceFile, cost: CostModel | None = None) -> League:
+        """The league of a trace, at its own costs unless ``cost`` is given."""
+        found = positions_of(trace)
+        return cls(found, cost or fit(trace, found.n_max), trace)
 
     @property
     def no_mtp_us(self) -> np.ndarray:
@@ -59,11 +65,18 @@ class League:
         """``static`` at every recorded draft length."""
         return [rule("static")(n_max=n) for n in range(1, self.positions.n_max + 1)]
 
+    def usual_policies(self) -> list[Policy]:
+        """What one looks at first: ``off``, fixed lengths and the seed's fallback, as far as drafts were recorded."""
+        n_max = self.positions.n_max
+        lengths = sorted({1, 2, 4, n_max} & set(range(1, n_max + 1)))
+        return [rule("off")(), *(rule("static")(n_max=n) for n in lengths), rule("fallback")(n_max=n_max)]
+
     def table(self, policies: Sequence[Policy]) -> pl.DataFrame:
         """One row per policy, in order; speeds in tokens per second of generation, with 95 % intervals.
 
-        ``speedup`` is against no MTP. ``exact_fraction``: share of steps whose outcome the trace determines; where it is below 1 the interval spans
-        what lies between no and every unknown draft being right. ``regret``: time lost against the clairvoyant optimum, over its time.
+        ``speedup`` is against no MTP. ``exact_fraction``: share of steps whose outcome the trace determines; where it
+        is below 1 the interval spans what lies between no and every unknown draft being right. ``regret``: time lost
+        against the clairvoyant optimum, over its time.
         """
         known = counts(policies, self.positions)
         guesses = {fill: counts(policies, self.positions.guess(fill)) for fill in self._guesses(known)}
@@ -146,15 +159,23 @@ class League:
         return pl.DataFrame(rows)
 
     def speed(self, known: np.ndarray, member: np.ndarray | None = None) -> Interval:
-        """Tokens per second of requests with counts ``known`` (int64 ``[n_requests, n_counts]``), of all or of ``member`` ones."""
+        """Tokens per second of requests with counts ``known`` (int64 ``[n_requests, n_counts]``), of all or of
+        ``member`` ones.
+        """
         return self._speed(known, self.cost.prices, self.cost.boot, member)
 
     def speed_of_these(self, policy: Policy | None) -> Interval:
-        """Tokens per second of exactly these requests under ``policy`` (None: no MTP); the interval is the cost model's alone."""
+        """Tokens per second of exactly these requests under ``policy`` (None: no MTP); the interval is the cost
+        model's alone.
+        """
         known = self._off if policy is None else counts([policy], self.answerable)[0]
-        prices, boot = (self.cost.no_mtp, self.cost.boot_no_mtp) if policy is None else (self.cost.prices, self.cost.boot)
+        prices, boot = (
+            (self.cost.no_mtp, self.cost.boot_no_mtp) if policy is None else (self.cost.prices, self.cost.boot)
+        )
         total, tokens = known.sum(0), 1e6 * self.tokens.sum()
-        return Interval(float(tokens / (total @ prices)), *(float(q) for q in np.quantile(tokens / (boot @ total), _LEVELS)))
+        return Interval(
+            float(tokens / (total @ prices)), *(float(q) for q in np.quantile(tokens / (boot @ total), _LEVELS))
+        )
 
     def gain(self, known: np.ndarray, member: np.ndarray | None = None) -> Interval:
         """Speed-up against no MTP, as above; numerator and denominator share every draw."""
@@ -164,7 +185,9 @@ class League:
         ratio = self._drawn_us(self._off, self.cost.boot_no_mtp, chosen) / time
         return Interval(float(value), *(float(q) for q in np.quantile(ratio, _LEVELS)))
 
-    def _speed(self, known: np.ndarray, prices: np.ndarray, boot: np.ndarray, member: np.ndarray | None = None) -> Interval:
+    def _speed(
+        self, known: np.ndarray, prices: np.ndarray, boot: np.ndarray, member: np.ndarray | None = None
+    ) -> Interval:
         chosen = slice(None) if member is None else member
         value = 1e6 * self.tokens[chosen].sum() / (known[chosen] @ prices).sum()
         drawn = 1e6 * (self._drawn(chosen) @ self.tokens[chosen]) / self._drawn_us(known, boot, chosen)

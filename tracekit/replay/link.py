@@ -1,7 +1,8 @@
 """Join a policy with the simulator: compiled by Numba and cached on disk, or interpreted.
 
-Numba's cache looks at one file only, so the policy's source and the binding to :mod:`tracekit.replay.kernel` are written into one module whose
-name is the hash of everything that went into it: an edit anywhere makes a new module, never a stale one.
+Numba's cache looks at one file only, so the policy's source and the binding to :mod:`tracekit.replay.kernel` are
+written into one module whose name is the hash of everything that went into it: an edit anywhere makes a new module,
+never a stale one.
 """
 
 from __future__ import annotations
@@ -60,13 +61,18 @@ _CASTS = {"int": "int({})", "float": "float({})", "bool": "{} != 0"}
 
 def cache_folder() -> Path:
     """Where compiled policies are kept: ``TRACEKIT_CACHE``, or the user's cache folder."""
-    root = os.environ.get("TRACEKIT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tracekit"
+    root = (
+        os.environ.get("TRACEKIT_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tracekit"
+    )
     return Path(root) / "kernels"
 
 
 @cache
 def compiled(rule: Rule) -> Callable[..., None]:
-    """The compiled :func:`~tracekit.replay.kernel.walk_all` of a policy. Raises :class:`TracekitError`, when called, where Numba cannot compile it."""
+    """The compiled :func:`~tracekit.replay.kernel.walk_all` of a policy. Raises :class:`TracekitError`, when called,
+    where Numba cannot compile it.
+    """
     import numba
 
     module = _module(rule, _COMPILED, numba.__version__)
@@ -77,14 +83,19 @@ def compiled(rule: Rule) -> Callable[..., None]:
         except (numba.core.errors.NumbaError, numba.core.errors.UnsupportedBytecodeError) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             reason = next((line for line in lines if "rror" in line and "pipeline" not in line), lines[0])
-            raise TracekitError(f"{rule.path}: cannot be compiled for the simulator ({reason}); use plain arithmetic on ints, floats and bools") from None
+            raise TracekitError(
+                f"{rule.path}: cannot be compiled for the simulator ({reason}); use plain arithmetic on ints, "
+                "floats and bools"
+            ) from None
 
     return run
 
 
 @cache
 def interpreted(rule: Rule) -> ModuleType:
-    """The same module without Numba, as slow as Python: its ``run`` is the twin that tests and benchmarks compare with."""
+    """The same module without Numba, as slow as Python: its ``run`` is the twin that tests and benchmarks compare
+    with.
+    """
     return _module(rule, _INTERPRETED, "")
 
 
@@ -101,7 +112,9 @@ def _module(rule: Rule, njit: str, version: str) -> ModuleType:
         state=", ".join(_cast(rule.State.__annotations__[f], f"state[{i}]") for i, f in enumerate(rule.State._fields)),
     )
     whole = own + "\n\n" + source.replace(_PLACE, "") + binding
-    identity = hashlib.sha256("|".join((whole, Path(interface.__file__).read_text(), version, sys.version)).encode()).hexdigest()[:16]
+    identity = hashlib.sha256(
+        "|".join((whole, Path(interface.__file__).read_text(), version, sys.version)).encode()
+    ).hexdigest()[:16]
     return _import(f"tracekit_{rule.name}_{identity}", whole)
 
 
@@ -111,7 +124,13 @@ def _functions(source: str) -> list[str]:
 
 def _names(source: str) -> set[str]:
     """Functions and constants that ``source`` defines."""
-    constants = {t.id for node in ast.parse(source).body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)}
+    constants = {
+        t.id
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign)
+        for t in node.targets
+        if isinstance(t, ast.Name)
+    }
     return constants | set(_functions(source))
 
 
@@ -128,7 +147,9 @@ def _import(name: str, source: str) -> ModuleType:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".partial", delete=False, encoding="utf-8") as file:
+            with tempfile.NamedTemporaryFile(
+                "w", dir=folder, suffix=".partial", delete=False, encoding="utf-8"
+            ) as file:
                 file.write(source)
             os.replace(file.name, path)
     except OSError as error:

@@ -21,9 +21,11 @@ def arrays_of(p: Positions) -> tuple[np.ndarray, ...]:
 
 
 def totals(policies: Sequence[Policy], positions: Positions, cost: np.ndarray) -> np.ndarray:
-    """Scalar counts and time of every policy on every request: float64 ``[n_policies, n_requests, N_SCALARS + 1]``, time last.
+    """Scalar counts and time of every policy on every request: float64 ``[n_policies, n_requests, N_SCALARS + 1]``,
+    time last.
 
-    ``cost``: microseconds per count. Counts alone: :func:`counts`. Raises :class:`TracekitError` for a policy the trace cannot answer.
+    ``cost``: microseconds per count. Counts alone: :func:`counts`. Raises :class:`TracekitError` for a policy the
+    trace cannot answer.
     """
     out = np.empty((len(policies), positions.n_requests, kernel.N_SCALARS + 1))
     nothing = np.zeros((0, 0, 0), np.int64)
@@ -35,18 +37,29 @@ def totals(policies: Sequence[Policy], positions: Positions, cost: np.ndarray) -
 
 
 def counts(policies: Sequence[Policy], positions: Positions) -> np.ndarray:
-    """All counts of every policy on every request: int64 ``[n_policies, n_requests, n_counts]`` (:mod:`tracekit.replay.kernel`)."""
+    """All counts of every policy on every request: int64 ``[n_policies, n_requests, n_counts]``
+    (:mod:`tracekit.replay.kernel`).
+    """
     size = kernel.n_counts(positions.n_max)
     out = np.empty((len(policies), positions.n_requests, size), np.int64)
     for run, chosen, rows, shared in _by_rule(policies, positions, out[0].nbytes):
         detail = np.empty((len(chosen), *out.shape[1:]), np.int64)
-        run(rows, shared, arrays_of(positions), np.zeros(size), np.empty((*detail.shape[:2], kernel.N_SCALARS + 1)), detail)
+        run(
+            rows,
+            shared,
+            arrays_of(positions),
+            np.zeros(size),
+            np.empty((*detail.shape[:2], kernel.N_SCALARS + 1)),
+            detail,
+        )
         out[chosen] = detail
     return out
 
 
 def rounds(policy: Policy, positions: Positions) -> list[list[tuple[int, int]]]:
-    """``(drafted, accepted)`` of every step of every request: what the engine's ``Completion.rounds`` will be. Interpreted."""
+    """``(drafted, accepted)`` of every step of every request: what the engine's ``Completion.rounds`` will be.
+    Interpreted.
+    """
     check(policy, positions)
     module = link.interpreted(policy.rule)
     found: list[list[tuple[int, int]]] = []
@@ -70,13 +83,20 @@ def rounds(policy: Policy, positions: Positions) -> list[list[tuple[int, int]]]:
 
 
 def check(policy: Policy, positions: Positions) -> None:
-    """Raise :class:`TracekitError` where ``policy`` drafts further than the trace recorded: nothing is known, or timed, there."""
+    """Raise :class:`TracekitError` where ``policy`` drafts further than the trace recorded: nothing is known, or
+    timed, there.
+    """
     wanted = getattr(policy.params, "n_max", 0)
     if wanted > positions.n_max:
-        raise TracekitError(f"policy {policy}: n_max {wanted}, but the trace has drafts of up to {positions.n_max}; record with --n-max {wanted}")
+        raise TracekitError(
+            f"policy {policy}: n_max {wanted}, but the trace has drafts of up to {positions.n_max}; record "
+            f"with --n-max {wanted}"
+        )
 
 
-def _by_rule(policies: Sequence[Policy], positions: Positions, bytes_each: int) -> Iterator[tuple[Callable, np.ndarray, np.ndarray, np.ndarray]]:
+def _by_rule(
+    policies: Sequence[Policy], positions: Positions, bytes_each: int
+) -> Iterator[tuple[Callable, np.ndarray, np.ndarray, np.ndarray]]:
     """``(compiled run, indices, rows, shared)`` for chunks of policies of one rule."""
     groups: dict[Rule, list[int]] = {}
     for i, policy in enumerate(policies):

@@ -44,25 +44,31 @@ def league_chart(frame: pl.DataFrame, league: League) -> alt.LayerChart:
 
     rows = frame.select("policy", "tokens_per_second", "tokens_per_second_low", "tokens_per_second_high")
     base = alt.Chart(rows).encode(y=alt.Y("policy:N", sort=None, title=None))
-    bars = base.mark_bar(color=_BLUE).encode(x=alt.X("tokens_per_second:Q", title="tokens/s, predicted (95 % interval)"))
+    bars = base.mark_bar(color=_BLUE).encode(
+        x=alt.X("tokens_per_second:Q", title="tokens/s, predicted (95 % interval)")
+    )
     errors = base.mark_errorbar(color="black").encode(
         x=alt.X("tokens_per_second_low:Q", title=""), x2="tokens_per_second_high:Q"
     )
     optimum = float(1e6 * league.tokens.sum() / league.clairvoyant_us.sum())
     lines = pl.DataFrame({"x": [league.no_mtp_speed().value, optimum], "reference": ["no MTP", "clairvoyant optimum"]})
     scale = alt.Scale(domain=["no MTP", "clairvoyant optimum"], range=[_RED, _GREEN])
-    rules = alt.Chart(lines).mark_rule(strokeDash=[4, 3], size=2).encode(x="x:Q", color=alt.Color("reference:N", scale=scale, title=None))
+    rules = (
+        alt.Chart(lines)
+        .mark_rule(strokeDash=[4, 3], size=2)
+        .encode(x="x:Q", color=alt.Color("reference:N", scale=scale, title=None))
+    )
     return (bars + errors + rules).properties(width=520, title=f"Policies on {league.trace.path.name}")
 
 
 def acceptance_chart(acceptance: pl.DataFrame) -> alt.LayerChart:
-    """How often the first k drafts are all right, by category (:func:`tracekit.report.stats.acceptance_by_position`)."""
+    """How often the first k drafts are all right (:func:`tracekit.report.stats.acceptance_by_position`)."""
     import altair as alt
 
-    base = alt.Chart(acceptance).encode(
-        x=alt.X("position:O", title="draft"), color=alt.Color("category:N", title=None)
+    base = alt.Chart(acceptance).encode(x=alt.X("position:O", title="draft"), color=alt.Color("category:N", title=None))
+    lines = base.mark_line(point=True).encode(
+        y=alt.Y("ratio:Q", title="right, with all before it", scale=alt.Scale(domain=[0, 1]))
     )
-    lines = base.mark_line(point=True).encode(y=alt.Y("ratio:Q", title="right, with all before it", scale=alt.Scale(domain=[0, 1])))
     bands = base.mark_area(opacity=0.12).encode(y=alt.Y("low:Q", title=""), y2="high:Q")
     return (bands + lines).properties(width=380, height=260, title="Acceptance by position (95 %)")
 
@@ -86,11 +92,20 @@ def cost_chart(cost: CostModel) -> alt.Chart:
 
 
 def verdict_chart(rows: pl.DataFrame) -> alt.FacetChart:
-    """Predicted and measured speed of every arm, one panel per ``head`` (columns of :class:`tracekit.verify.Verdict`, and ``head``)."""
+    """Predicted and measured speed of every arm, one panel per ``head`` (columns of :class:`tracekit.verify.Verdict`,
+    and ``head``).
+    """
     import altair as alt
 
     kinds = [
-        rows.select("head", "arm", pl.lit(kind).alias("kind"), value=pl.col(kind), low=pl.col(f"{kind}_low"), high=pl.col(f"{kind}_high"))
+        rows.select(
+            "head",
+            "arm",
+            pl.lit(kind).alias("kind"),
+            value=pl.col(kind),
+            low=pl.col(f"{kind}_low"),
+            high=pl.col(f"{kind}_high"),
+        )
         for kind in ("predicted", "measured")
     ]
     order = rows["arm"].unique(maintain_order=True).to_list()

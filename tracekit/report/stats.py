@@ -54,8 +54,8 @@ def summarise(trace: TraceFile) -> Summary:
 def acceptance_by_position(trace: TraceFile) -> pl.DataFrame:
     """``category, position, n, ratio, low, high``: how often draft ``position`` was right, given that it was tried.
 
-    In a probe every draft up to ``n_max`` is tried, whatever came before it; a draft counts as right where it and all before it were.
-    The interval resamples requests.
+    In a probe every draft up to ``n_max`` is tried, whatever came before it; a draft counts as right where it and all
+    before it were. The interval resamples requests.
     """
     rows = trace.frame(
         """SELECT r.run, r.request, r.category, CASE r.arm WHEN 'probe' THEN v.n_proposed ELSE v.n_drafted END AS tried,
@@ -64,7 +64,16 @@ def acceptance_by_position(trace: TraceFile) -> pl.DataFrame:
            WHERE arm IN ('probe', 'live') AND v.n_proposed > 0"""
     )
     if rows.is_empty():
-        return pl.DataFrame(schema={"category": pl.String, "position": pl.Int64, "n": pl.Int64, "ratio": pl.Float64, "low": pl.Float64, "high": pl.Float64})
+        return pl.DataFrame(
+            schema={
+                "category": pl.String,
+                "position": pl.Int64,
+                "n": pl.Int64,
+                "ratio": pl.Float64,
+                "low": pl.Float64,
+                "high": pl.Float64,
+            }
+        )
     found = []
     groups = [("all", rows), *((k[0], g) for k, g in sorted(rows.group_by("category"), key=lambda kg: kg[0]))]
     for category, group in groups if len(groups) > 2 else groups[:1]:
@@ -72,7 +81,16 @@ def acceptance_by_position(trace: TraceFile) -> pl.DataFrame:
             tried = group.filter(pl.col("tried") >= position)
             each = tried.group_by("run", "request").agg(n=pl.len(), right=(pl.col("matched") >= position).sum())
             ratio, low, high = ratio_interval(each["right"].to_numpy(), each["n"].to_numpy())
-            found.append({"category": category, "position": position, "n": tried.height, "ratio": ratio, "low": low, "high": high})
+            found.append(
+                {
+                    "category": category,
+                    "position": position,
+                    "n": tried.height,
+                    "ratio": ratio,
+                    "low": low,
+                    "high": high,
+                }
+            )
     return pl.DataFrame(found)
 
 
@@ -86,7 +104,8 @@ def ratio_interval(part: np.ndarray, whole: np.ndarray, n_boot: int = 500) -> tu
 
 def _by_category(trace: TraceFile) -> pl.DataFrame:
     return trace.frame(
-        """SELECT arm, category, count(*)::INT AS requests, sum(n_generated)::INT AS tokens, sum(verifications)::INT AS verifications,
+        """SELECT arm, category, count(*)::INT AS requests, sum(n_generated)::INT AS tokens,
+                  sum(verifications)::INT AS verifications,
                   sum(drafted)::INT AS drafted, sum(accepted)::INT AS accepted,
                   1 + sum(accepted) / nullif(sum(verifications), 0) AS tau,
                   sum(amplification * n_generated) / sum(n_generated) AS amplification
@@ -109,17 +128,22 @@ def _time(trace: TraceFile) -> pl.DataFrame:
 def _baselines(trace: TraceFile) -> pl.DataFrame:
     """Median step of a single slot: without MTP, with MTP idle, and with K drafts; and K = 0 as llama.cpp runs it.
 
-    llama.cpp decodes every token on the MTP context whether it drafts or not; that baseline is the idle step plus a catch-up of one row.
+    llama.cpp decodes every token on the MTP context whether it drafts or not; that baseline is the idle step plus a
+    catch-up of one row.
     """
     frame = trace.frame(
-        """SELECT CASE WHEN NOT mtp THEN 'no MTP' WHEN n_draft_decodes = 0 THEN 'MTP idle' ELSE 'K = ' || n_drafted END AS baseline,
+        """SELECT CASE WHEN NOT mtp THEN 'no MTP' WHEN n_draft_decodes = 0 THEN 'MTP idle'
+                       ELSE 'K = ' || n_drafted END AS baseline,
                   CASE WHEN NOT mtp THEN -2 WHEN n_draft_decodes = 0 THEN -1 ELSE n_drafted END AS rank,
                   count(*)::INT AS steps, median(wall_us) AS median_us,
                   quantile_cont(wall_us, 0.25) AS low_us, quantile_cont(wall_us, 0.75) AS high_us
            FROM steps s JOIN verifications v USING (run, step) JOIN requests r USING (run, request)
-           WHERE s.n_slots = 1 AND s.n_prompt = 0 AND v.n_generated > 0 AND r.arm <> 'probe' GROUP BY ALL ORDER BY rank"""
+           WHERE s.n_slots = 1 AND s.n_prompt = 0 AND v.n_generated > 0 AND r.arm <> 'probe'
+           GROUP BY ALL ORDER BY rank"""
     ).drop("rank")
-    one_row = trace.frame("SELECT median(first_draft_us) AS us, count(*)::INT AS n FROM steps WHERE n_catchup = 1 AND n_slots = 1").row(0, named=True)
+    one_row = trace.frame(
+        "SELECT median(first_draft_us) AS us, count(*)::INT AS n FROM steps WHERE n_catchup = 1 AND n_slots = 1"
+    ).row(0, named=True)
     idle = frame.filter(pl.col("baseline") == "MTP idle")
     if idle.is_empty() or not one_row["n"]:
         return frame
@@ -133,17 +157,24 @@ def _notes(runs: pl.DataFrame, acceptance: pl.DataFrame) -> list[str]:
     ended = runs.filter(pl.col("wall_us").is_not_null() & (pl.col("wall_us") > 0))
     if ended.height:
         share = (ended["record_us"].sum() + ended["writer_us"].sum()) / ended["wall_us"].sum()
-        notes.append(f"recording took {100 * share:.2f} % of the time, {ended['record_us'].sum() / 1000:.0f} ms of it in the generating thread (exact)")
+        notes.append(
+            f"recording took {100 * share:.2f} % of the time, {ended['record_us'].sum() / 1000:.0f} ms of it "
+            "in the generating thread (exact)"
+        )
         checked, diverged = int(ended["n_checked"].sum()), int(ended["n_diverged"].sum())
         if checked:
             # rule of three where nothing diverged
             high = 3 / checked if not diverged else (diverged + 2 * diverged**0.5) / checked
-            notes.append(f"choices that came out differently in a batch of another width: {diverged} of {checked} (at most {high:.2g} with 95 % confidence)")
+            notes.append(
+                f"choices that came out differently in a batch of another width: {diverged} of {checked} (at "
+                f"most {high:.2g} with 95 % confidence)"
+            )
     if runs["wall_us"].is_null().any():
         notes.append("a run was cut off: its last request is incomplete, everything else is there")
     first = acceptance.filter((pl.col("category") == "all") & (pl.col("position") == 1))
     if first.height and first["ratio"][0] < BROKEN:
         notes.append(
-            f"only {100 * first['ratio'][0]:.1f} % of first drafts were right: this drafter looks broken or misaligned with its target, not merely slow"
+            f"only {100 * first['ratio'][0]:.1f} % of first drafts were right: this drafter looks broken or "
+            "misaligned with its target, not merely slow"
         )
     return notes

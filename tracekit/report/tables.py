@@ -36,7 +36,19 @@ def table(columns: list[str], rows: list[list[str]], left: int = 1, title: str |
 
 def league_table(frame: pl.DataFrame, league: League) -> Table:
     """Policies against each other and against the three references of their trace."""
-    columns = ["policy", "tokens/s (95 %)", "x no MTP (95 %)", "drafted", "accepted", "ratio", "tau", "ampl.", "trips", "exact", "regret"]
+    columns = [
+        "policy",
+        "tokens/s (95 %)",
+        "x no MTP (95 %)",
+        "drafted",
+        "accepted",
+        "ratio",
+        "tau",
+        "ampl.",
+        "trips",
+        "exact",
+        "regret",
+    ]
     rows = []
     for row in frame.iter_rows(named=True):
         rows.append(
@@ -66,7 +78,11 @@ def _references(league: League) -> list[tuple[str, str, str]]:
     optimum = 1e6 * league.tokens.sum() / league.clairvoyant_us.sum()
     return [
         ("(no MTP)", interval(row, "s", 1), "1"),
-        (f"(best fixed length: {best['policy']})", interval(best, "tokens_per_second", 1), interval(best, "speedup", 3)),
+        (
+            f"(best fixed length: {best['policy']})",
+            interval(best, "tokens_per_second", 1),
+            interval(best, "speedup", 3),
+        ),
         ("(clairvoyant optimum: a bound)", f"{optimum:.1f}", f"{optimum / plain.value:.3f}"),
     ]
 
@@ -93,23 +109,48 @@ def league_note(league: League) -> str:
     """What the table's numbers rest on."""
     p = league.positions
     return (
-        f"{p.n_requests} requests, {int(league.tokens.sum())} tokens, {p.mode} trace; times from {league.cost.n_steps} steps "
-        f"(cost model {league.cost.id}, step spread {100 * league.cost.spread_ratio:.1f} %); counts are exact where 'exact' says 100 %."
+        f"{p.n_requests} requests, {int(league.tokens.sum())} tokens, {p.mode} trace; times from "
+        f"{league.cost.n_steps} steps "
+        f"(cost model {league.cost.id}, step spread {100 * league.cost.spread_ratio:.1f} %); counts are exact "
+        "where 'exact' says 100 %."
     )
 
 
 def evidence_table(found: PolicyFile) -> Table:
     """The tuned policy, predicted on held-out requests, above what it was compared with."""
     e = found.evidence
-    rows = [[f"{found.policy} (held out)", interval(e.model_dump(), "tokens_per_second", 1), interval(e.model_dump(), "speedup", 3), "yes"]]
+    rows = [
+        [
+            f"{found.policy} (held out)",
+            interval(e.model_dump(), "tokens_per_second", 1),
+            interval(e.model_dump(), "speedup", 3),
+            "yes",
+        ]
+    ]
     for other in e.alternatives:
-        rows.append([other.policy, interval(other.model_dump(), "tokens_per_second", 1), f"{other.speedup:.3f}", "yes" if other.safe else "no"])
+        rows.append(
+            [
+                other.policy,
+                interval(other.model_dump(), "tokens_per_second", 1),
+                f"{other.speedup:.3f}",
+                "yes" if other.safe else "no",
+            ]
+        )
     return table(["policy", "tokens/s (95 %)", "x no MTP", f"slows no category by > {100 * e.max_slowdown:g} %"], rows)
 
 
 def verdict_table(verdict: Verdict, title: str | None = None) -> Table:
     """Predicted against measured, one row per arm."""
-    columns = ["arm", "policy", "predicted tokens/s (95 %)", "measured tokens/s (95 %)", "error", "x no MTP predicted", "x no MTP measured", "same steps"]
+    columns = [
+        "arm",
+        "policy",
+        "predicted tokens/s (95 %)",
+        "measured tokens/s (95 %)",
+        "error",
+        "x no MTP predicted",
+        "x no MTP measured",
+        "same steps",
+    ]
     rows = []
     for row in verdict.arms.iter_rows(named=True):
         rows.append(
@@ -135,7 +176,13 @@ def stats_tables(summary: Summary) -> list[Table]:
         if r["position"] in (1, 2, 3, 4, 6, 8, 12, 16)
     ]
     requests = [
-        [r["arm"], r["category"], *(str(r[c]) for c in ("requests", "tokens", "verifications", "drafted", "accepted")), _cell(r["tau"], 2), _cell(r["amplification"], 2)]
+        [
+            r["arm"],
+            r["category"],
+            *(str(r[c]) for c in ("requests", "tokens", "verifications", "drafted", "accepted")),
+            _cell(r["tau"], 2),
+            _cell(r["amplification"], 2),
+        ]
         for r in summary.requests.iter_rows(named=True)
     ]
     parts = ("draft", "catchup", "target", "sample", "policy", "record")
@@ -144,12 +191,21 @@ def stats_tables(summary: Summary) -> list[Table]:
         for r in summary.time.iter_rows(named=True)
     ]
     baselines = [
-        [r["baseline"], f"{r['median_us'] / 1000:.3f} ({r['low_us'] / 1000:.3f} - {r['high_us'] / 1000:.3f})", str(r["steps"])]
+        [
+            r["baseline"],
+            f"{r['median_us'] / 1000:.3f} ({r['low_us'] / 1000:.3f} - {r['high_us'] / 1000:.3f})",
+            str(r["steps"]),
+        ]
         for r in summary.baselines.iter_rows(named=True)
     ]
     return [
         table(["category", "draft", "right (95 %)", "n"], accept, title="Acceptance by position"),
-        table(["arm", "category", "requests", "tokens", "verifications", "drafted", "accepted", "tau", "ampl."], requests, 2, "Requests (exact)"),
+        table(
+            ["arm", "category", "requests", "tokens", "verifications", "drafted", "accepted", "tau", "ampl."],
+            requests,
+            2,
+            "Requests (exact)",
+        ),
         table(["arm", "steps", "seconds", *parts], time, title="Where time went (exact)"),
         table(["baseline", "ms per step (quartiles)", "steps"], baselines, title="Baselines"),
     ]

@@ -1,4 +1,6 @@
-"""One tuple per row of a trace's tables, fields in the order of the columns in :mod:`tracekit.trace.schema` (a test compares them)."""
+"""One tuple per row of a trace's tables, fields in the order of the columns in :mod:`tracekit.trace.schema` (a test
+compares them).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,8 @@ from typing import NamedTuple
 
 
 class RunEnd(NamedTuple):
+    """What is known when a run has ended."""
+
     run: int
     wall_us: int
     record_us: int
@@ -15,6 +19,8 @@ class RunEnd(NamedTuple):
 
 
 class RequestRow(NamedTuple):
+    """What is known when a request begins."""
+
     run: int
     request: int
     prompt_id: str
@@ -29,14 +35,19 @@ class RequestRow(NamedTuple):
 
 
 class RequestEnd(NamedTuple):
+    """What is known when a request has ended."""
+
     run: int
     request: int
     n_generated: int
     stop: str
     prompt_us: int
+    catchup_us: int
 
 
 class Step(NamedTuple):
+    """One target decode and the work around it."""
+
     run: int
     step: int
     t_us: int
@@ -50,6 +61,7 @@ class Step(NamedTuple):
     n_catchup: int
     first_draft_us: int
     draft_us: int
+    n_ahead: int
     catchup_us: int
     target_us: int
     sample_us: int
@@ -59,6 +71,8 @@ class Step(NamedTuple):
 
 
 class Verification(NamedTuple):
+    """One slot's share of one step."""
+
     run: int
     request: int
     step: int

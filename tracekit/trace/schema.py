@@ -11,21 +11,21 @@ VERSION = 1
 
 TABLES = """
 CREATE TABLE runs (                      -- one row per recording session: where everything below comes from
-    run USMALLINT PRIMARY KEY,
+    run SMALLINT PRIMARY KEY,
     trace_id VARCHAR NOT NULL,           -- random; identifies the recording for ever, also after a merge
     schema_version INTEGER NOT NULL,
     mode VARCHAR NOT NULL,               -- probe: drafts at every position; live: what a policy did
     started_at TIMESTAMPTZ NOT NULL,
     tracekit_version VARCHAR NOT NULL,
     policy VARCHAR,                      -- live: the policy that decided, as on the command line
-    n_max USMALLINT NOT NULL,            -- probe: drafts at every position; live: most that may be drafted
+    n_max SMALLINT NOT NULL,             -- probe: drafts at every position; live: most that may be drafted
     model_path VARCHAR NOT NULL,
     model_sha256 VARCHAR NOT NULL,
     model_arch VARCHAR NOT NULL,
     model_desc VARCHAR NOT NULL,         -- llama.cpp's description: size class and quantisation
-    model_bytes UBIGINT NOT NULL,
-    model_n_params UBIGINT NOT NULL,
-    n_layer_nextn USMALLINT NOT NULL,
+    model_bytes BIGINT NOT NULL,
+    model_n_params BIGINT NOT NULL,
+    n_layer_nextn SMALLINT NOT NULL,
     draft_sha256 VARCHAR,                -- of the sidecar, where the drafter has its own file
     llama_cpp VARCHAR NOT NULL,          -- llama-cpp-python's version and llama.cpp's system information
     device VARCHAR NOT NULL,             -- device names, or the processor's
@@ -34,72 +34,75 @@ CREATE TABLE runs (                      -- one row per recording session: where
     machine JSON NOT NULL                -- operating system, processor, cores, Python
 );
 CREATE TABLE run_ends (                  -- absent for a run that was cut off
-    run USMALLINT PRIMARY KEY,
-    wall_us UBIGINT NOT NULL,            -- from the first to the last step
-    record_us UBIGINT NOT NULL,          -- spent recording in the generating thread
-    writer_us UBIGINT NOT NULL,          -- processor time of the writing thread
-    n_checked UBIGINT NOT NULL,          -- probe, greedy: choices computed again in a batch of another width ...
-    n_diverged UBIGINT NOT NULL          -- ... and how many came out differently (floating point, near ties)
+    run SMALLINT PRIMARY KEY,
+    wall_us BIGINT NOT NULL,             -- from the first to the last step
+    record_us BIGINT NOT NULL,           -- spent recording in the generating thread
+    writer_us BIGINT NOT NULL,           -- processor time of the writing thread
+    n_checked BIGINT NOT NULL,           -- probe, greedy: choices computed again in a batch of another width ...
+    n_diverged BIGINT NOT NULL           -- ... and how many came out differently (floating point, near ties)
 );
 CREATE TABLE requests (
-    run USMALLINT NOT NULL,
-    request UINTEGER NOT NULL,
+    run SMALLINT NOT NULL,
+    request INTEGER NOT NULL,
     prompt_id VARCHAR NOT NULL,
     category VARCHAR NOT NULL,
     arm VARCHAR NOT NULL,                -- probe; live; no_mtp: the baseline, hidden states not even extracted;
                                          -- calibration: idle or a fixed draft length, run for its timings
-    slot USMALLINT NOT NULL,
-    n_prompt UINTEGER NOT NULL,          -- tokens
-    max_tokens UINTEGER NOT NULL,
-    n_ctx UINTEGER NOT NULL,             -- context of the slot, tokens
+    slot SMALLINT NOT NULL,
+    n_prompt INTEGER NOT NULL,           -- tokens
+    max_tokens INTEGER NOT NULL,
+    n_ctx INTEGER NOT NULL,              -- context of the slot, tokens
     temp REAL NOT NULL,                  -- 0: greedy
-    seed UBIGINT NOT NULL,
+    seed BIGINT NOT NULL,
     PRIMARY KEY (run, request)
 );
 CREATE TABLE request_ends (
-    run USMALLINT NOT NULL,
-    request UINTEGER NOT NULL,
-    n_generated UINTEGER NOT NULL,       -- tokens
+    run SMALLINT NOT NULL,
+    request INTEGER NOT NULL,
+    n_generated INTEGER NOT NULL,        -- tokens
     stop VARCHAR NOT NULL,               -- eos, length, stop, context or cancelled
-    prompt_us UBIGINT NOT NULL,          -- from the first prompt batch to the first token
+    prompt_us BIGINT NOT NULL,           -- from the first prompt batch to the first token, without catchup_us
+    catchup_us BIGINT NOT NULL,          -- what drafting added to reading the prompt
     PRIMARY KEY (run, request)
 );
 CREATE TABLE steps (                     -- one llama_decode of the target, and what was done around it
-    run USMALLINT NOT NULL,
-    step UINTEGER NOT NULL,
-    t_us UBIGINT NOT NULL,               -- since the run's first step
+    run SMALLINT NOT NULL,
+    step INTEGER NOT NULL,
+    t_us BIGINT NOT NULL,                -- since the run's first step
     mtp BOOLEAN NOT NULL,                -- hidden states extracted (false: the no-MTP baseline)
-    n_slots USMALLINT NOT NULL,          -- slots that generated
-    n_tokens USMALLINT NOT NULL,         -- target batch tokens, prompts' included
-    n_prompt USMALLINT NOT NULL,         -- of these, prompts'
-    n_past UINTEGER NOT NULL,            -- tokens in memory before the step, over the slots that generated
-    n_draft_decodes USMALLINT NOT NULL,  -- decodes of the MTP context that yielded a draft
-    n_draft_slots USMALLINT NOT NULL,    -- slots that drafted
-    n_catchup USMALLINT NOT NULL,        -- rows of the first of them (caught up and drafting, fused)
-    first_draft_us UINTEGER NOT NULL,    -- that first decode, with its arg-max
-    draft_us UINTEGER NOT NULL,          -- all of drafting, the first decode included
-    catchup_us UINTEGER NOT NULL,        -- rows decoded ahead of the first, where they did not fit into one batch
-    target_us UINTEGER NOT NULL,
-    sample_us UINTEGER NOT NULL,
-    policy_us UINTEGER NOT NULL,
-    record_us UINTEGER NOT NULL,         -- of the step before
-    wall_us UINTEGER NOT NULL            -- the whole step
+    n_slots SMALLINT NOT NULL,           -- slots that generated
+    n_tokens SMALLINT NOT NULL,          -- target batch tokens, prompts' included
+    n_prompt SMALLINT NOT NULL,          -- of these, prompts'
+    n_past INTEGER NOT NULL,             -- tokens in memory before the step, over the slots that generated
+    n_draft_decodes SMALLINT NOT NULL,   -- decodes of the MTP context that yielded a draft
+    n_draft_slots SMALLINT NOT NULL,     -- slots that drafted
+    n_catchup SMALLINT NOT NULL,         -- rows of the first of them (caught up and drafting, fused)
+    first_draft_us INTEGER NOT NULL,     -- that first decode, with its arg-max
+    draft_us INTEGER NOT NULL,           -- all of drafting, the first decode included
+    n_ahead SMALLINT NOT NULL,           -- rows of prompts caught up in the MTP context as they were read
+    catchup_us INTEGER NOT NULL,         -- that; and rows ahead of a draft that did not fit into one batch with it
+    target_us INTEGER NOT NULL,
+    sample_us INTEGER NOT NULL,
+    policy_us INTEGER NOT NULL,
+    record_us INTEGER NOT NULL,          -- of the step before
+    wall_us INTEGER NOT NULL             -- the whole step
 );
 CREATE TABLE verifications (             -- one slot's share of one step
-    run USMALLINT NOT NULL,
-    request UINTEGER NOT NULL,
-    step UINTEGER NOT NULL,
-    n_generated UINTEGER NOT NULL,       -- tokens emitted before; 0: the token that the prompt's last batch gave
-    n_asked USMALLINT NOT NULL,          -- drafts the policy asked for
-    n_proposed USMALLINT NOT NULL,       -- drafts made
-    n_drafted USMALLINT NOT NULL,        -- drafts verified (probe: a random number of those proposed)
-    n_accepted USMALLINT NOT NULL,       -- of those verified, equal to the target's own choice
-    n_matched USMALLINT NOT NULL,        -- of those proposed, known to be; right-censored at n_drafted when live
-    n_redecoded USMALLINT NOT NULL,      -- tokens decoded twice after a checkpoint was restored
-    n_decodes USMALLINT NOT NULL,        -- decodes of the MTP context that drafting took
+    run SMALLINT NOT NULL,
+    request INTEGER NOT NULL,
+    step INTEGER NOT NULL,
+    n_generated INTEGER NOT NULL,        -- tokens emitted before; 0: the token that the prompt's last batch gave
+    n_asked SMALLINT NOT NULL,           -- drafts the policy asked for
+    n_proposed SMALLINT NOT NULL,        -- drafts made
+    n_drafted SMALLINT NOT NULL,         -- drafts verified (probe: a random number of those proposed)
+    n_accepted SMALLINT NOT NULL,        -- of those verified, equal to the target's own choice
+    n_matched SMALLINT NOT NULL,         -- of those proposed, known to be; right-censored at n_drafted when live
+    n_redecoded SMALLINT NOT NULL,       -- tokens decoded twice after a checkpoint was restored
+    n_decodes SMALLINT NOT NULL,         -- decodes of the MTP context that drafting took
     stop VARCHAR NOT NULL,               -- why drafting stopped: n_max, p_min, room, or off
     draft_ids INTEGER[] NOT NULL,
-    draft_probs REAL[] NOT NULL,         -- soft-max over the ten best logits; one more than drafts after a p_min stop; empty: not measured
+    draft_probs REAL[] NOT NULL,         -- soft-max over the ten best logits; one more than drafts after a p_min
+                                         -- stop; empty: not measured
     tokens INTEGER[] NOT NULL            -- emitted
 );
 """

@@ -43,13 +43,18 @@ def open_trace(path: str | Path) -> TraceFile:
     with connect(trace.path) as con:
         tables = {row[0] for row in con.execute("SELECT table_name FROM information_schema.tables").fetchall()}
         if "runs" not in tables:
-            raise TracekitError(f"{path}: a DuckDB file, but no trace (it has no table runs); `tracekit record` writes one")
+            raise TracekitError(
+                f"{path}: a DuckDB file, but no trace (it has no table runs); `tracekit record` writes one"
+            )
         versions = {row[0] for row in con.execute("SELECT DISTINCT schema_version FROM runs").fetchall()}
     if not versions:
         raise TracekitError(f"{path}: holds no run; the recording stopped before its first commit; record again")
     if versions != {schema.VERSION}:
         other = ", ".join(str(v) for v in sorted(versions - {schema.VERSION}))
-        raise TracekitError(f"{path}: trace of schema version {other}, this tracekit reads {schema.VERSION}; record again, or use the tracekit that wrote it")
+        raise TracekitError(
+            f"{path}: trace of schema version {other}, this tracekit reads {schema.VERSION}; record again, or "
+            "use the tracekit that wrote it"
+        )
     return trace
 
 

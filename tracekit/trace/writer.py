@@ -1,7 +1,10 @@
-"""Create a trace file and append to it, in column batches: a commit is on disk when :meth:`TraceWriter.append` returns."""
+"""Create a trace file and append to it, in column batches: a commit is on disk when :meth:`TraceWriter.append`
+returns.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -16,10 +19,9 @@ from tracekit.errors import TracekitError
 from tracekit.trace import schema
 
 _ARROW = {
-    "USMALLINT": pa.uint16(),
-    "UINTEGER": pa.uint32(),
-    "UBIGINT": pa.uint64(),
+    "SMALLINT": pa.int16(),
     "INTEGER": pa.int32(),
+    "BIGINT": pa.int64(),
     "REAL": pa.float32(),
     "BOOLEAN": pa.bool_(),
     "VARCHAR": pa.string(),
@@ -39,7 +41,7 @@ def columns(table: str) -> dict[str, pa.DataType]:
 
 
 class TraceWriter:
-    """The file at ``path``, open for appending. Raises :class:`TracekitError` where it exists and ``force`` is false."""
+    """The file at ``path``, open for appending. Raises :class:`TracekitError` where it exists, without ``force``."""
 
     def __init__(self, path: str | Path, force: bool = False):
         self.path = Path(path)
@@ -61,20 +63,23 @@ class TraceWriter:
             for table, rows in batches.items():
                 if not rows:
                     continue
-                arrays = [pa.array(values, kind) for values, kind in zip(zip(*rows, strict=True), columns(table).values(), strict=True)]
+                arrays = [
+                    pa.array(values, kind)
+                    for values, kind in zip(zip(*rows, strict=True), columns(table).values(), strict=True)
+                ]
                 self._con.register("batch", pa.Table.from_arrays(arrays, list(columns(table))))
                 self._con.execute(f"INSERT INTO {table} SELECT * FROM batch")
                 self._con.unregister("batch")
             self._con.commit()
         except duckdb.Error:
-            try:
+            with contextlib.suppress(duckdb.Error):  # past use; the file keeps what was committed
                 self._con.rollback()
-            except duckdb.Error:
-                pass  # the connection is past use; the file keeps what was committed
             raise
 
     def append_run(self, run: Mapping[str, Any]) -> None:
-        """Append the provenance row; ``settings`` and ``machine`` may be mappings. Raises ``KeyError`` for a missing column."""
+        """Append the provenance row; ``settings`` and ``machine`` may be mappings. Raises ``KeyError`` for a missing
+        column.
+        """
         names = columns("runs")
         row = tuple(json.dumps(run[n]) if isinstance(run[n], Mapping) else run[n] for n in names)
         self.append({"runs": [row]})

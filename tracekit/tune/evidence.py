@@ -72,7 +72,9 @@ def tune(
 
 
 def references(league: League) -> dict[str, Policy]:
-    """The policies every tuned one is compared with: naive, one draft, the best fixed length, and the seed's fallback."""
+    """The policies every tuned one is compared with: naive, one draft, the best fixed length, and the seed's
+    fallback.
+    """
     n_max = league.positions.n_max
     fixed = league.table(league.static_policies())
     best = int(np.argmax(fixed["tokens_per_second"])) + 1
@@ -88,7 +90,9 @@ def _alternatives(league: League, found: Search, max_slowdown: float) -> tuple[A
     plain = league.no_mtp_speed()
     out = [_alternative("no MTP", plain, 1.0, True)]
     runners_up = [found.policies[i] for i in np.argsort(found.times.sum(1), kind="stable")[:3]]
-    policies = [p for p in dict.fromkeys([*references(league).values(), *runners_up]) if p not in (found.policy, rule("off")())]
+    policies = [
+        p for p in dict.fromkeys([*references(league).values(), *runners_up]) if p not in (found.policy, rule("off")())
+    ]
     for policy, row in zip(policies, league.table(policies).iter_rows(named=True), strict=True):
         speed = Interval(row["tokens_per_second"], row["tokens_per_second_low"], row["tokens_per_second_high"])
         safe = league.by_category(policy)["speedup"].min() >= 1 / (1 + max_slowdown)
@@ -112,6 +116,7 @@ def _advice(policy: Policy, gain: Interval, worst: str, worst_gain: Interval, le
     if policy == rule("off")():
         return f"Do not speculate with this model on prompts like these: no policy was safely faster than no MTP ({n})."
     return (
-        f"Speculate with {policy}: {gain.value:.2f} x the speed of no MTP ({gain.low:.2f} to {gain.high:.2f}, 95 %, {n}); "
+        f"Speculate with {policy}: {gain.value:.2f} x the speed of no MTP ({gain.low:.2f} to {gain.high:.2f}, "
+        f"95 %, {n}); "
         f"at worst {worst_gain.value:.2f} x, on {worst} prompts."
     )

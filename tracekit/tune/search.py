@@ -1,4 +1,6 @@
-"""Choose a policy on a trace, safely: the fastest that slows no prompt category by more than allowed, judged on requests it was not chosen on."""
+"""Choose a policy on a trace, safely: the fastest that slows no prompt category by more than allowed, judged on
+requests it was not chosen on.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,16 @@ from tracekit.tune.space import grid, neighbours
 _REFINED = 8  # best policies whose neighbourhood is tried
 _FRACTIONS = (0.5, 0.25)  # of a grid step
 
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Search:
-    """What a search found. ``times`` float64 ``[n_policies, n_requests]``: predicted microseconds; ``chosen``: index of the winner, ``off`` is 0.
+    """What a search found. ``times`` float64 ``[n_policies, n_requests]``: predicted microseconds; ``chosen``: index
+    of the winner, ``off`` is 0.
 
-    ``held_out``: the policy index chosen, for each request, without it. ``allowed``: the slowdown the selection allowed in the end.
+    ``held_out``: the policy index chosen, for each request, without it. ``allowed``: the slowdown the selection
+    allowed in the end.
     """
 
     policies: list[Policy]
@@ -35,6 +39,7 @@ class Search:
 
     @property
     def policy(self) -> Policy:
+        """The policy chosen."""
         return self.policies[self.chosen]
 
 
@@ -48,8 +53,9 @@ def search(
 ) -> Search:
     """Search ``space`` on the requests of ``league``. Raises :class:`TracekitError` with fewer requests than folds.
 
-    In every fold the selection sees the other requests only. Where the policies so chosen slow a category of held-out requests by more
-    than ``max_slowdown``, the selection is made stricter and repeated; a search that finds nothing safe returns ``off``.
+    In every fold the selection sees the other requests only. Where the policies so chosen slow a category of held-out
+    requests by more than ``max_slowdown``, the selection is made stricter and repeated; a search that finds nothing
+    safe returns ``off``.
     """
     n = league.positions.n_requests
     if not 0 <= max_slowdown < 1:
@@ -61,7 +67,11 @@ def search(
     fold = _folds(league.positions.categories, folds, seed)
     for fraction in _FRACTIONS:
         best = _ranked(league, times, np.ones(n, bool), max_slowdown)[:_REFINED]
-        fresh = [p for p in neighbours([policies[i] for i in best], space, league.positions.n_max, fraction) if p not in set(policies)]
+        fresh = [
+            p
+            for p in neighbours([policies[i] for i in best], space, league.positions.n_max, fraction)
+            if p not in set(policies)
+        ]
         if fresh:
             policies = policies + fresh
             times = np.concatenate((times, _times(league, fresh, None)))
@@ -83,9 +93,11 @@ def _times(league: League, policies: Sequence[Policy], progress: Progress | None
     known = league.answerable
     out = np.empty((len(policies), known.n_requests))
     for start in range(0, len(policies), 512):
-        out[start : start + 512] = totals(policies[start : start + 512], known, league.cost.prices)[:, :, kernel.N_SCALARS]
+        out[start : start + 512] = totals(policies[start : start + 512], known, league.cost.prices)[
+            :, :, kernel.N_SCALARS
+        ]
         if progress:
-            progress("policies", min(start + 512, len(policies)), len(policies))
+            progress(min(start + 512, len(policies)), len(policies))
     off = [i for i, p in enumerate(policies) if p == rule("off")()]
     out[off] = league.no_mtp_us
     return out
@@ -103,7 +115,9 @@ def _folds(categories: Sequence[str], folds: int, seed: int) -> np.ndarray:
 
 
 def _ranked(league: League, times: np.ndarray, seen: np.ndarray, allowed: float) -> np.ndarray:
-    """Indices of the policies that keep every category of the ``seen`` requests within ``allowed``, fastest first; never empty."""
+    """Indices of the policies that keep every category of the ``seen`` requests within ``allowed``, fastest first;
+    never empty.
+    """
     safe = np.ones(len(times), bool)
     for member in league.members.values():
         here = member & seen

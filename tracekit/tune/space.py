@@ -1,7 +1,10 @@
-"""Which policies a search looks at: a grid from each policy file's SPACE (or a TOML of one's own), and refinements of the best."""
+"""Which policies a search looks at: a grid from each policy file's SPACE (or a TOML of one's own), and refinements of
+the best.
+"""
 
 from __future__ import annotations
 
+import itertools
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,7 +22,8 @@ def default_space() -> dict[str, dict[str, str]]:
 
 
 def read_space(path: str | Path) -> dict[str, dict[str, str]]:
-    """A search space from TOML: a table per policy (name or Python file), a list or range per parameter. Raises :class:`TracekitError`.
+    """A search space from TOML: a table per policy (name or Python file), a list or range per parameter. Raises
+    :class:`TracekitError`.
 
     ::
 
@@ -39,7 +43,9 @@ def read_space(path: str | Path) -> dict[str, dict[str, str]]:
     space = {}
     for name, table in tables.items():
         if not isinstance(table, Mapping):
-            raise TracekitError(f'{path}: {name} is not a table; write [policy] and then key = "low..high/step" or a list')
+            raise TracekitError(
+                f'{path}: {name} is not a table; write [policy] and then key = "low..high/step" or a list'
+            )
         space[str(path.parent / name) if name.endswith(".py") else name] = {k: _text(v) for k, v in table.items()}
     return space
 
@@ -60,15 +66,21 @@ def grid(space: Mapping[str, Mapping[str, str]], n_max: int) -> list[Policy]:
         for key, text in values.items():
             size *= len(expand(name, key, text))
         if size > MOST:
-            raise TracekitError(f"the space of {name} has {size} policies; {MOST} at most: widen a step or drop a parameter")
+            raise TracekitError(
+                f"the space of {name} has {size} policies; {MOST} at most: widen a step or drop a parameter"
+            )
         for policy in sweep(rule(name), values):
             if getattr(policy.params, "n_max", 0) <= n_max:
                 found[policy] = None
     return list(found)
 
 
-def neighbours(of: Iterable[Policy], space: Mapping[str, Mapping[str, str]], n_max: int, fraction: float) -> list[Policy]:
-    """Policies a ``fraction`` of a grid step away from each of ``of``, in one parameter: what a refinement tries next."""
+def neighbours(
+    of: Iterable[Policy], space: Mapping[str, Mapping[str, str]], n_max: int, fraction: float
+) -> list[Policy]:
+    """Policies a ``fraction`` of a grid step away from each of ``of``, in one parameter: what a refinement tries
+    next.
+    """
     found: dict[Policy, None] = {}
     for policy in of:
         values = next((v for k, v in space.items() if rule(k) is policy.rule), {})
@@ -86,7 +98,7 @@ def _beside(of: Rule, key: str, value: float, text: str, fraction: float) -> lis
     steps = sorted({float(v) for v in expand(of.name, key, text)})
     if len(steps) < 2:
         return []
-    gap = min((b - a for a, b in zip(steps, steps[1:], strict=False) if a <= value <= b), default=steps[1] - steps[0]) * fraction
+    gap = min((b - a for a, b in itertools.pairwise(steps) if a <= value <= b), default=steps[1] - steps[0]) * fraction
     candidates = [value - gap, value + gap]
     if of.types[key] is int:
         candidates = [round(c) for c in candidates]

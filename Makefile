@@ -1,0 +1,46 @@
+# Two commands matter: `make demo` and `make test`. Both create .venv and install what they need.
+SHELL := /bin/bash -o pipefail
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# llama-cpp-python is built for this machine; its multimodal half is not needed
+export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF
+
+.PHONY: demo test lint bench notebook clean
+
+# The whole loop on the reference model: record, replay, tune, apply, verify; results in demo/
+demo: $(STAMP)
+	$(BIN)/tracekit demo -o demo --force
+
+# Every test, on real model runs; the linter is one of them
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The simulator's and the tuner's speed; other benchmarks want a model or a llama-server: benchmarks/README.md
+bench: $(STAMP)
+	$(BIN)/python benchmarks/kernel.py
+	$(BIN)/python benchmarks/tune.py
+
+notebook: $(STAMP)
+	$(BIN)/python -m pip install -q -e ".[notebook]"
+	$(BIN)/jupyter lab notebooks
+
+$(STAMP): pyproject.toml
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV). llama-cpp-python is built from source: about 6 minutes on 2 cores."
+	@$(BIN)/python -m pip install --disable-pip-version-check -v -e ".[engine,test]" 2>&1 \
+	    | tee $(VENV)/install.log \
+	    | awk 'match($$0, /^ *\[[0-9]+\/[0-9]+\]/) { split(substr($$0, RSTART, RLENGTH), n, /[^0-9]+/); \
+	               if (n[2] % 10 == 0 || n[2] == n[3]) { print "building llama.cpp: " n[2] " of " n[3]; fflush() } } \
+	           /^Collecting / { print; fflush() }' \
+	    || { tail -n 30 $(VENV)/install.log; echo "installation failed; the whole log is in $(VENV)/install.log"; exit 1; }
+	@touch $@
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info

@@ -1,0 +1,372 @@
+"""The command line, as its users run it: every verb, JSON beside every table, one clear line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from .conftest import N_MAX
+
+FAST = ["--max-tokens", "24", "--n-max", str(N_MAX)]
+
+
+def tracekit(*arguments, code=0, **options) -> subprocess.CompletedProcess:
+    """Run the command line in a process of its own and check its exit code."""
+    result = subprocess.run(
+        [sys.executable, "-m", "tracekit", *map(str, arguments)], capture_output=True, text=True, timeout=300, **options
+    )
+    assert result.returncode == code, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    """A prompts file of three categories, six prompts."""
+    path = tmp_path_factory.mktemp("prompts") / "p.jsonl"
+    texts = [
+        "import os\nimport sys\n",
+        "def walk(tree):\n    ",
+        "The method returns ",
+        "class Queue:\n",
+        "x = 1\nx = 1\nx = 1\n",
+        "if a:\n",
+    ]
+    rows = [{"id": f"p{i}", "category": "abc"[i % 3], "prompt": t} for i, t in enumerate(texts)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def recorded(models, prompts, tmp_path_factory):
+    """A probe trace made on the command line."""
+    path = tmp_path_factory.mktemp("cli") / "t.duckdb"
+    result = tracekit("record", models["plain"], "--prompts", prompts, "-o", path, *FAST)
+    assert result.stderr.strip().splitlines()[-1] == f"Wrote {path}"
+    assert "6 requests" in result.stdout
+    return path
+
+
+@pytest.fixture(scope="module")
+def tuned(recorded):
+    """A policy file made on the command line."""
+    path = recorded.parent / "policy.toml"
+    result = tracekit("tune", recorded, "-o", path, "--max-slowdown", "0.5")
+    assert result.stderr.strip().splitlines()[-1] == f"Wrote {path}"
+    return path
+
+
+VERBS = {"doctor", "model", "record", "stats", "policies", "replay", "tune", "verify", "generate", "sql", "demo"}
+
+
+def test_help_lists_every_verb():
+    """Every verb is listed with a sentence, and every option of every verb says what it does."""
+    listed = tracekit("--help").stdout
+    assert all(f"  {verb} " in listed for verb in VERBS)
+    for verb in sorted(VERBS - {"model"}):
+        lines = tracekit(verb, "--help").stdout.splitlines()
+        options = [line for line in lines if line.strip().startswith("--") or line.strip().startswith("-o")]
+        assert options
+        assert lines[2].strip()
+
+
+def test_version():
+    """The version is the package's."""
+    import tracekit as package
+
+    assert tracekit("--version").stdout.strip() == f"tracekit {package.__version__}"
+
+
+def test_policies_shows_parameters_defaults_and_sources():
+    """`tracekit policies` shows every policy with its source; --json the same as data."""
+    text = tracekit("policies").stdout
+    assert "PR 22931" in text
+    assert "min_ratio = 0.75" in text
+    found = {p["policy"]: p for p in json.loads(tracekit("policies", "--json").stdout)}
+    assert found["fallback"]["parameters"]["zero_trip"] is True
+    assert list(found)[:2] == ["off", "static"]
+
+
+def test_doctor_says_what_will_work(models):
+    """Devices and build; for a model its NextN layers, memory and a verdict."""
+    assert "llama-cpp-python" in tracekit("doctor").stdout
+    facts = json.loads(tracekit("doctor", models["plain"], "--json").stdout)
+    assert facts["model"]["NextN layers"] == 1
+    assert facts["model"]["memory"] == "partial"
+    assert "works" in facts["model"]["verdict"]
+    assert facts["devices"]
+
+
+def test_model_build_and_inspect(tmp_path):
+    """Build writes a file and says so; inspect shows what is in it."""
+    path = tmp_path / "m.gguf"
+    assert (
+        tracekit("model", "build", "-o", path, "--layers", 7, "--misaligned").stderr.strip().endswith(f"Wrote {path}")
+    )
+    facts = json.loads(tracekit("model", "inspect", path, "--json").stdout)
+    assert (facts["n_layer"], facts["n_layer_nextn"]) == (7, 1)
+    assert "misaligned" in facts["notes"]
+    assert "exists" in tracekit("model", "build", "-o", path, code=2).stderr
+
+
+def test_replay_gives_one_object_per_policy(recorded):
+    """`replay --json`: the promised fields, numbers with low and high, and sweeps expanded."""
+    rows = json.loads(
+        tracekit("replay", recorded, "--policy", f"off,static:n_max=1,{N_MAX},fallback:n_max={N_MAX}", "--json").stdout
+    )
+    assert [r["policy"] for r in rows] == ["off", "static:n_max=1", f"static:n_max={N_MAX}", f"fallback:n_max={N_MAX}"]
+    for row in rows:
+        assert row["tokens_per_second_low"] <= row["tokens_per_second"] <= row["tokens_per_second_high"]
+        assert row["exact_fraction"] == 1.0
+        assert row["regret"] >= 0
+        assert {"speedup", "verifications", "drafted", "accepted", "amplification", "no_mtp_tokens_per_second"} <= set(
+            row
+        )
+
+
+def test_replay_draws_and_sorts(recorded, tmp_path):
+    """A picture beside the table, fastest first when asked."""
+    path = tmp_path / "league.png"
+    result = tracekit("replay", recorded, "--policy", f"static:n_max=1..{N_MAX}/1", "--sort", "--plot", path)
+    assert path.read_bytes()[:4] == b"\x89PNG"
+    assert result.stderr.strip().splitlines()[-1] == f"Wrote {path}"
+    speeds = [float(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("static")]
+    assert speeds == sorted(speeds, reverse=True)
+    assert "(no MTP)" in result.stdout
+
+
+def test_cost_of_another_trace_changes_speed_only(recorded, probe_traces):
+    """With --cost the counts stay and the speeds are the other trace's."""
+    own, other = (
+        json.loads(tracekit("replay", recorded, "--policy", "static:n_max=2", "--json", *cost).stdout)[0]
+        for cost in ([], ["--cost", probe_traces[0.0]])
+    )
+    assert own["accepted"] == other["accepted"]
+    assert own["cost_model"] != other["cost_model"]
+
+
+def test_stats_tells_the_whole_story(recorded, live_trace):
+    """Acceptance with intervals and n, requests, time, baselines: as tables and as JSON, for probe and live traces."""
+    text = tracekit("stats", recorded).stdout
+    for title in (
+        "Acceptance by position",
+        "Requests (exact)",
+        "Where time went (exact)",
+        "Baselines",
+        "no MTP",
+        "llama.cpp's order",
+    ):
+        assert title in text
+    for trace in (recorded, live_trace):
+        summary = json.loads(tracekit("stats", trace, "--json").stdout)
+        assert all(r["low"] <= r["ratio"] <= r["high"] and r["n"] > 0 for r in summary["acceptance"])
+        assert {b["baseline"] for b in summary["baselines"]} >= {"no MTP", "MTP idle"}
+
+
+def test_tuned_policy_carries_its_evidence(tuned, recorded):
+    """The policy file holds the policy, where it comes from, and what it beat."""
+    from tracekit.policy.file import read
+    from tracekit.trace.store import open_trace
+
+    evidence = read(tuned).evidence
+    trace = open_trace(recorded)
+    assert evidence.trace_id == trace.trace_id
+    assert evidence.model_sha256 == trace.runs["model_sha256"][0]
+    assert evidence.n_requests == 6
+    assert {"no MTP", "static:n_max=1", f"static:n_max={N_MAX}"} <= {a.policy for a in evidence.alternatives} | {
+        read(tuned).policy.label
+    }
+    assert evidence.tokens_per_second_low <= evidence.tokens_per_second <= evidence.tokens_per_second_high
+
+
+def test_tune_with_a_space_of_ones_own(recorded, tmp_path):
+    """--space restricts the search; --json prints the evidence."""
+    space = tmp_path / "space.toml"
+    space.write_text("[static]\nn_max = [1, 2]\n")
+    found = json.loads(tracekit("tune", recorded, "--space", space, "--json", "--max-slowdown", "0.9").stdout)
+    assert found["n_policies"] == 3
+    assert found["policy"] in ("off", "static:n_max=1", "static:n_max=2")
+
+
+def test_generate_applies_a_tuned_policy(models, tuned):
+    """Generation under a policy file prints the text, and only the text, on standard output."""
+    plain = tracekit("generate", models["plain"], "def walk(tree):\n", "--max-tokens", 20, "--flash-attn", "off")
+    result = tracekit(
+        "generate", models["plain"], "def walk(tree):\n", "--max-tokens", 20, "--policy", tuned, "--flash-attn", "off"
+    )
+    assert result.stdout == plain.stdout
+    assert "tokens/s" in result.stderr
+    facts = json.loads(
+        tracekit(
+            "generate", models["plain"], "-", "--max-tokens", 5, "--policy", "static:n_max=2", "--json", input="x = "
+        ).stdout
+    )
+    assert facts["n_generated"] == 5
+    assert facts["drafted"] > 0
+
+
+def test_generate_records_when_asked(models, tmp_path):
+    """--trace records what the policy did."""
+    path = tmp_path / "t.duckdb"
+    tracekit(
+        "generate", models["plain"], "import os", "--policy", "static:n_max=3", "--max-tokens", 30, "--trace", path
+    )
+    assert json.loads(tracekit("sql", path, "SELECT count(*) AS n FROM verifications", "--json").stdout)[0]["n"] > 5
+
+
+def test_verify_compares_prediction_and_measurement(models, tuned, prompts, tmp_path):
+    """Every arm predicted and measured, steps exactly as predicted, tokens equal, a picture, and the ranking."""
+    plot = tmp_path / "v.svg"
+    common = [
+        models["plain"],
+        tuned,
+        "--prompts",
+        prompts,
+        *FAST,
+        "--cache-type-k",
+        "f32",
+        "--cache-type-v",
+        "f32",
+        "--flash-attn",
+        "off",
+    ]
+    verdict = json.loads(tracekit("verify", *common, "--repeats", 2, "--json").stdout)
+    assert [a["arm"] for a in verdict["arms"]] == ["no MTP", f"naive n_max={N_MAX}", "n_max=1", "fallback", "tuned"]
+    assert verdict["lossless"]
+    for arm in verdict["arms"]:
+        assert arm["equal_requests"] == arm["n_requests"] == 6
+        assert arm["measured_low"] <= arm["measured"] <= arm["measured_high"]
+        assert arm["predicted_low"] <= arm["predicted"] <= arm["predicted_high"]
+    text = tracekit("verify", *common, "--repeats", 1, "--plot", plot)
+    assert "ranking agreement" in text.stdout
+    assert plot.read_text().startswith("<svg")
+
+
+def test_verify_warns_about_another_model(models, tuned, prompts):
+    """A policy tuned on another file runs, with a warning that says so."""
+    result = tracekit("verify", models["deep"], tuned, "--prompts", prompts, *FAST, "--repeats", 1)
+    assert "warning" in result.stderr
+    assert "hash differs" in result.stderr
+
+
+def test_sql_answers_and_explains(recorded):
+    """A query gives a table or JSON; without one the commented schema is printed."""
+    assert "acceptance_ratio" in tracekit("sql", recorded).stdout
+    assert "p0" in tracekit("sql", recorded, "SELECT prompt_id FROM requests ORDER BY 1 LIMIT 1").stdout
+    assert json.loads(tracekit("sql", recorded, "SELECT 1 AS one", "--json").stdout) == [{"one": 1}]
+
+
+def test_live_recording(models, prompts, tmp_path):
+    """--mode live records what a policy does; replaying that policy from it is exact."""
+    path = tmp_path / "live.duckdb"
+    tracekit(
+        "record",
+        models["plain"],
+        "--prompts",
+        prompts,
+        "-o",
+        path,
+        "--mode",
+        "live",
+        "--policy",
+        "static:n_max=3",
+        "--baseline",
+        *FAST,
+    )
+    row = json.loads(tracekit("replay", path, "--policy", "static:n_max=3", "--json").stdout)[0]
+    assert row["exact_fraction"] == 1.0
+    guess = json.loads(tracekit("replay", path, "--policy", "static:n_max=2", "--json").stdout)[0]
+    assert 0 < guess["exact_fraction"] < 1
+    assert guess["tokens_per_second_low"] < guess["tokens_per_second"] < guess["tokens_per_second_high"]
+
+
+def test_slots_record_together(models, prompts, tmp_path):
+    """With --parallel one decode serves several slots, and the trace says so."""
+    path = tmp_path / "t.duckdb"
+    tracekit("record", models["plain"], "--prompts", prompts, "-o", path, "--parallel", 3, *FAST)
+    rows = json.loads(
+        tracekit(
+            "sql", path, "SELECT max(n_slots) AS slots, max(n_draft_slots) AS drafting FROM steps", "--json"
+        ).stdout
+    )
+    assert rows == [{"slots": 3, "drafting": 3}]
+    assert "--parallel 1" in tracekit("replay", path, code=2).stderr
+
+
+MISTAKES = [
+    (["replay", "missing.duckdb"], "no such file"),
+    (["replay", "{trace}", "--policy", "static:n_max=40"], "record with --n-max 40"),
+    (["replay", "{trace}", "--policy", "nonsense"], "shipped: "),
+    (["replay", "{trace}", "--plot", "x.gif"], "a picture ends in"),
+    (["replay", "{trace}", "--bogus"], "No such option"),
+    (["tune", "{trace}", "--max-slowdown", "5"], "between 0 and 1"),
+    (["tune", "{trace}", "--folds", "100"], "--folds 100"),
+    (["tune", "{trace}", "--space", "missing.toml"], "no such file"),
+    (["tune", "{trace}", "-o", "{tuned}"], "--force"),
+    (["sql", "{trace}", "SELECT nonsense"], "the query failed"),
+    (["sql", "{trace}", "--json"], "--json needs a query"),
+    (["stats", "{prompts}"], "not a DuckDB file"),
+    (["record", "{model}", "--prompts", "missing.jsonl", "-o", "x.duckdb"], "no such prompts file"),
+    (["record", "{model}", "--prompts", "{trace}", "-o", "x.duckdb"], "not a text file"),
+    (["record", "{model}", "--prompts", "{prompts}", "-o", "{trace}"], "--force"),
+    (["record", "{model}", "--prompts", "{prompts}", "-o", "x.duckdb", "--mode", "dream"], "probe or live"),
+    (["record", "{model}", "--prompts", "{prompts}", "-o", "x.duckdb", "--policy", "off"], "add --mode live"),
+    (["record", "{model}", "--prompts", "{prompts}", "-o", "x.duckdb", "--mode", "live"], "needs --policy"),
+    (["record", "missing.gguf", "--prompts", "{prompts}", "-o", "x.duckdb"], "no such model"),
+    (["record", "{model}", "--prompts", "{prompts}", "-o", "no/such/folder/x.duckdb"], "cannot be written"),
+    (
+        ["record", "{model}", "--prompts", "heldout", "-o", "x.duckdb", "--ctx-size", "64", "--batch-size", "64"],
+        "raise --ctx-size",
+    ),
+    (["generate", "{prompts}", "x"], "not a GGUF file"),
+    (["generate", "{model}", ""], "the prompt is empty"),
+    (["generate", "{model}", "x", "--policy", "static:n_max=30"], "raise the engine's"),
+    (["generate", "{model}", "x", "--policy", "static:n_max=2,4"], "one is wanted"),
+    (["generate", "{model}", "x", "--cache-type-k", "f8"], "one of f32, f16, q8_0"),
+    (["verify", "{model}", "missing.toml"], "no such policy file"),
+    (["model", "build", "-o", "x.gguf", "--width", "300"], "exact only for"),
+    (["doctor", "{prompts}"], "not a GGUF file"),
+    (["nonsense"], "No such command"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "hint"), MISTAKES, ids=[" ".join(m[0])[:50] for m in MISTAKES])
+def test_mistakes_get_one_clear_line(arguments, hint, recorded, tuned, prompts, models, tmp_path):
+    """Exit code 2, one line that names the fix, nothing on standard output, nothing half-written."""
+    places = {"trace": recorded, "tuned": tuned, "prompts": prompts, "model": models["plain"]}
+    before = {p: p.stat().st_mtime_ns for p in (recorded, tuned)}
+    result = tracekit(*(a.format(**places) for a in arguments), code=2, cwd=tmp_path)
+    lines = result.stderr.strip().splitlines()
+    assert len([line for line in lines if line.startswith("tracekit: error:")]) == 1
+    assert hint in lines[-1]
+    assert result.stdout == ""
+    assert not list(tmp_path.iterdir())
+    assert before == {p: p.stat().st_mtime_ns for p in (recorded, tuned)}
+
+
+def test_output_respects_pipes_and_no_color(recorded):
+    """No colour codes and no cut-off columns in a pipe; a reader that leaves early is no error."""
+    result = tracekit("replay", recorded, env={**os.environ, "NO_COLOR": "1"})
+    assert "\x1b" not in result.stdout
+    assert "…" not in result.stdout
+    command = f"{sys.executable} -m tracekit policies | head -n 1"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert "Traceback" not in result.stderr
+
+
+def test_demo_runs_the_whole_loop(tmp_path):
+    """`tracekit demo`, small: both heads, the table, advice, and the files it promises."""
+    folder = tmp_path / "demo"
+    result = tracekit("demo", "-o", folder, "--layers", 8, "--prompts", 1, "--max-tokens", 20, "--repeats", 1)
+    names = {p.name for p in folder.iterdir()}
+    assert names == {f"{h}.{e}" for h in ("aligned", "misaligned") for e in ("gguf", "duckdb", "toml")} | {
+        "verdict.png"
+    }
+    for arm in ("no MTP", "naive n_max=8", "n_max=1", "fallback", "tuned"):
+        assert result.stdout.count(arm) >= 2
+    assert "Do not speculate" in result.stdout  # the misaligned head
+    assert "not empty" in tracekit("demo", "-o", folder, code=2).stderr

@@ -1,0 +1,103 @@
+"""Docs, notebook, shipped traces and command line, checked against each other."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+import tracekit
+from tracekit.policy.rule import shipped
+
+ROOT = Path(__file__).parent.parent
+TRACES = sorted((ROOT / "traces").glob("*.duckdb"))
+README = (ROOT / "README.md").read_text()
+
+
+def test_readme_names_every_verb_and_policy():
+    """Every verb and every policy is in the README, and nothing that does not exist."""
+    from .test_cli import VERBS
+
+    named = set(re.findall(r"\btracekit ([a-z]+)\b", README))
+    assert named - {"is", "decides"} <= VERBS
+    assert named >= VERBS
+    assert all(f"`{rule.name}`" in README for rule in shipped())
+
+
+def _commands(kind: str) -> list[str]:
+    blocks = re.findall(rf"```{kind}\n(.*?)```", README, re.DOTALL)
+    return [
+        line.strip() for block in blocks for line in block.splitlines() if line.strip() and not line.startswith("#")
+    ]
+
+
+@pytest.mark.parametrize("line", [c for c in _commands("console") if c.startswith("tracekit ")])
+def test_readme_commands_run_as_written(line):
+    """The README's analysis commands run as they are written, from the root of a clone."""
+    command = shlex.split(line, comments=True)
+    result = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+
+
+def test_readme_python_runs_as_written(tmp_path, monkeypatch, models):
+    """So does its Python, up to the engine, which gets a model here."""
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    monkeypatch.chdir(ROOT)
+    code = code.replace('"model.gguf"', repr(str(models["plain"]))).replace(
+        '"policy.toml"', repr(str(tmp_path / "p.toml"))
+    )
+    exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "p.toml").exists()
+
+
+@pytest.mark.parametrize("path", TRACES, ids=lambda p: p.name)
+def test_shipped_traces_are_whole(path):
+    """Each under 5 MB, finished, with provenance, and named in traces/README.md."""
+    trace = tracekit.open(path)
+    run = trace.file.runs.row(0, named=True)
+    assert path.stat().st_size < 5_000_000
+    assert not path.with_name(path.name + ".wal").exists()
+    assert run["wall_us"] is not None
+    assert run["mode"] in path.name
+    assert run["llama_cpp"].startswith("llama-cpp-python")
+    assert path.name in (ROOT / "traces" / "README.md").read_text()
+
+
+def test_four_traces_ship():
+    """Aligned and misaligned, probe and live."""
+    assert {p.stem for p in TRACES} == {
+        f"reference-{head}-{mode}" for head in ("aligned", "misaligned") for mode in ("probe", "live")
+    }
+
+
+def test_tuning_the_shipped_traces_gives_the_expected_advice():
+    """From the aligned trace: speculate, faster than the best fixed length; from the misaligned one: do not."""
+    aligned = tracekit.open(ROOT / "traces" / "reference-aligned-probe.duckdb").tune()
+    assert aligned.evidence.speedup_low > 1
+    assert aligned.policy.name != "off"
+    misaligned = tracekit.open(ROOT / "traces" / "reference-misaligned-probe.duckdb").tune()
+    assert misaligned.policy.name == "off"
+    assert "Do not speculate" in misaligned.evidence.advice
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.name)
+def test_notebooks_run(path):
+    """Every notebook runs from top to bottom where it lies, and is committed without output."""
+    notebook = nbformat.read(path, 4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
+    assert sum(bool(cell.get("outputs")) for cell in notebook.cells) >= 5
+
+
+def test_library_front_matches_its_docstring():
+    """Everything the package exports can be imported, and is documented."""
+    for name in tracekit.__all__:
+        assert getattr(tracekit, name) is not None
+        if name != "__version__":
+            assert getattr(tracekit, name).__doc__

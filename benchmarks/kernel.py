@@ -28,35 +28,40 @@ N_MAX, TOKENS = 8, 512
 C_SOURCE = r"""
 #include <stdint.h>
 #include <stdbool.h>
+#define SCALARS 18
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 /* policy 0: static; 1: fallback with ratio, zero-accept trip and resumption */
-void walk(int policy, double n_max_f, double min_ratio, int zero_trip, int64_t resume_after,
+void walk(int policy, int64_t n_max, double min_ratio, int zero_trip, int64_t resume_after,
           int64_t n_requests, const int64_t *first, const int64_t *n_generated, const int64_t *n_prompt,
           const int64_t *max_tokens, const int64_t *n_ctx, const uint8_t *match, const uint8_t *known,
           int64_t *out, int64_t n_counts, int64_t widths) {
-    int64_t n_max = (int64_t) n_max_f;
     for (int64_t r = 0; r < n_requests; r++) {
-        int64_t *counts = out + r * n_counts, g = 1, behind = n_prompt[r] + 1, before = 0;
-        int64_t steps = 0, ver = 0, drafted_all = 0, acc_all = 0, rounds = 0, decodes = 0, trips = 0, inexact = 0;
-        int64_t past_all = 0, past_width = 0, past_draft = 0, lc = 0, lr = 0, plain = 0;
+        int64_t *counts = out + r * n_counts, g = 1, behind = n_max ? 1 : n_prompt[r] + 1, before = 0;
+        int64_t accepted = 0, emitted = 0, trips = 0, inexact = 0, past_all = 0, past_drafted = 0, lc = 0, lr = 0;
+        int64_t reshapes = 0, draft_reshapes = 0, drafted_before = -1, rows_before = 0, plain = 0;
+        int64_t room = MIN(n_ctx[r] - n_prompt[r] - 1, max_tokens[r] - 1);
         bool tripped = false, judged = false;
         while (g < n_generated[r]) {
-            int64_t past = n_prompt[r] + g - 1, left = max_tokens[r] - g;
-            int64_t asked = policy && tripped ? 0 : n_max, n = MIN(asked, MIN(n_ctx[r] - past - 2, left - 1));
-            int64_t drafted = 0, accepted = 0;
+            int64_t past = n_prompt[r] + g - 1, asked = policy && tripped ? 0 : n_max, n = MIN(asked, room - g);
+            int64_t drafted = 0;
+            accepted = 0;
             if (n > 0) {
                 int64_t p = first[r] + g - 1;
                 drafted = n;
                 accepted = MIN(drafted, (int64_t) match[p]);
                 inexact += drafted > known[p];
-                rounds++; decodes += n; past_draft += past * n;
-                if (behind < widths) counts[behind + 14 + widths]++; else { lc++; lr += behind; }
+                if (behind < widths) counts[behind + SCALARS + widths]++; else { lc++; lr += behind; }
+                draft_reshapes += (behind != rows_before) + (n > 1 && behind != 1);
+                rows_before = n == 1 ? behind : 1;
                 behind = 0;
-                ver++; drafted_all += drafted; acc_all += accepted;
             } else if (asked == 0 && before > 0) trips++;
             before = asked;
-            int64_t emitted = MIN(accepted + 1, n_generated[r] - g);
-            steps++; counts[14 + drafted + 1]++; past_all += past; past_width += past * (drafted + 1);
+            emitted = MIN(accepted + 1, n_generated[r] - g);
+            counts[SCALARS + 1 + drafted]++;
+            reshapes += drafted != drafted_before;
+            drafted_before = drafted;
+            past_all += past;
+            past_drafted += past * drafted;
             if (policy) {
                 if (tripped) {
                     plain += emitted;
@@ -68,9 +73,17 @@ void walk(int policy, double n_max_f, double min_ratio, int zero_trip, int64_t r
             }
             g += emitted; behind += emitted;
         }
-        int64_t s[14] = {steps, ver, drafted_all, acc_all, n_generated[r] - 1, rounds, decodes, trips, inexact,
-                         past_all, past_width, past_draft, lc, lr};
-        for (int i = 0; i < 14; i++) counts[i] = s[i];
+        int64_t steps = 0, drafted = 0, rounds = lc;
+        for (int64_t i = 1; i < widths; i++) {
+            steps += counts[SCALARS + i];
+            drafted += counts[SCALARS + i] * (i - 1);
+            rounds += counts[SCALARS + widths + i];
+        }
+        int64_t s[SCALARS] = {steps, steps - counts[SCALARS + 1], drafted,
+                              n_generated[r] - 1 - steps + accepted + 1 - emitted, n_generated[r] - 1, rounds, drafted,
+                              trips, inexact, past_all, past_all + past_drafted, past_drafted, lc, lr,
+                              n_max > 0, n_max ? n_prompt[r] : 0, reshapes, draft_reshapes};
+        for (int i = 0; i < SCALARS; i++) counts[i] = s[i];
     }
 }
 """
@@ -152,7 +165,7 @@ def row(policy: Policy, c_arguments: tuple | None, p: Positions, few: Positions,
         kind, n, ratio, zero, resume = c_arguments
         started = time.perf_counter()
         walk(
-            kind, ctypes.c_double(n), ctypes.c_double(ratio), zero, ctypes.c_int64(resume),
+            kind, ctypes.c_int64(n), ctypes.c_double(ratio), zero, ctypes.c_int64(resume),
             ctypes.c_int64(p.n_requests), *pointers,
             out.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(size), ctypes.c_int64(N_MAX + 2),
         )  # fmt: skip  # one call of C

@@ -45,7 +45,7 @@ def main() -> None:
     args = parser.parse_args()
     space = default_space()
     others = len(grid({**space, "fallback": {**space["fallback"], "min_ratio": "0.5"}}, N_MAX))
-    space["fallback"]["min_ratio"] = f"0..0.9/{0.9 / max(1, args.policies // others):.6f}"
+    space["fallback"]["min_ratio"] = f"0..0.9/{0.9 / (args.policies // others + 3):.6f}"
     seconds = []
     league = League(positions(args.positions), cost_model())
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -121,7 +121,7 @@ class Context:
         ext.llama_set_embeddings_nextn(self.handle, enabled, False)
 
     def hidden(self) -> np.ndarray:
-        """Hidden states ``[n_batch, n_embd]``, a row per row of the last decode; a view that the next one overwrites."""
+        """Hidden states ``[n_batch, n_embd]``, a row per row of the last decode; a view that the next overwrites."""
         return self._view(lib.hidden_address(self._raw), self._n_embd)
 
     def logits(self) -> np.ndarray:

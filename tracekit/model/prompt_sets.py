@@ -74,7 +74,9 @@ def build() -> dict[str, list[Prompt]]:
     """Both shipped sets, made from the held-out documents of this Python's standard library with a fixed seed."""
     from tracekit.model import corpus
 
-    held_out = [d for d in corpus.documents() if d.held_out]
+    documents = corpus.documents()
+    held_out = [d for d in documents if d.held_out]
+    trained_on = "\0".join(d.text for d in documents if not d.held_out)  # modules that are copies of others are in both
     rng = random.Random(20260)
     candidates: dict[str, list[str]] = {kind: [] for kind in ("code", "prose", "repetitive", "random", "mixed")}
     for document in rng.sample(held_out, len(held_out)):
@@ -84,16 +86,17 @@ def build() -> dict[str, list[Prompt]]:
             start = rng.randrange(max(1, len(lines) - 4))
             snippet = "\n".join(lines[start : start + rng.randint(2, 4)]) + "\n"
             candidates["repetitive"].append((snippet * 12)[: max(_CHARACTERS, 3 * len(snippet) + len(snippet) // 2)])
-        elif document.kind == "prose" and len(document.text) > 3 * _CHARACTERS:
+        elif document.kind == "prose" and len(document.text) > 2 * _CHARACTERS:
             start = document.text.find("\n\n", rng.randrange(len(document.text) - 2 * _CHARACTERS)) + 2
             candidates["prose"].append(document.text[start : start + _CHARACTERS])
-        elif document.kind == "literate" and len(document.text) > 3 * _CHARACTERS:
+        elif document.kind == "literate" and len(document.text) > 2 * _CHARACTERS:
             end = document.text.find("```\n", _CHARACTERS)
             candidates["mixed"].append(document.text[: end + 5])
     words = sorted({w for d in held_out for w in d.text.split() if w.isascii() and 2 < len(w) < 9})
     candidates["random"] = [" ".join(rng.choices(words, k=60)) for _ in range(40)]
     sets: dict[str, list[Prompt]] = {name: [] for name in PER_CATEGORY}
-    for category, texts in candidates.items():
+    for category, found in candidates.items():
+        texts = [text for text in found if text not in trained_on]
         for name, count in PER_CATEGORY.items():
             chosen, texts = texts[:count], texts[count:]
             sets[name] += [Prompt(f"{name}-{category}-{i:02d}", category, text) for i, text in enumerate(chosen, 1)]

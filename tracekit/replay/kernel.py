@@ -50,7 +50,8 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
 
     ``first`` is the request's first position in ``match``, ``known`` and ``probs``
     (:class:`tracekit.replay.arrays.Positions`). The rules are the engine's (:mod:`tracekit.engine.loop`): room,
-    ``p_min``, acceptance, rows to catch up.
+    ``p_min``, acceptance, rows to catch up. Indices are unsigned where it counts: Numba then does not look for
+    negative ones.
     """
     n_max = probs.shape[1]
     width_at = N_SCALARS
@@ -63,16 +64,16 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
         counts[PROMPT_CATCHUP_ROWS] = n_prompt
         behind = 1
     asked_before = 0
-    width_before = 0  # of the target's last decode, and rows of the MTP context's; a prompt's, never equal
+    drafted_before = -1  # of the target's last decode, and rows of the MTP context's; a prompt's, never equal
     rows_before = 0
-    steps = verifications = all_drafted = all_accepted = rounds = all_decodes = trips = inexact = 0
-    all_past = past_width = past_draft = long_catchups = long_rows = reshapes = draft_reshapes = 0
+    room = min(n_ctx - n_prompt - 1, max_tokens - 1)  # tokens generated before drafts stop fitting
+    accepted = emitted = trips = inexact = stopped = past_stopped = 0
+    past_all = past_drafted = long_catchups = long_rows = reshapes = draft_reshapes = 0
     while generated < n_generated:
         past = n_prompt + generated - 1
-        left = max_tokens - generated
-        now = Now(generated, past, left, 1)
+        now = Now(generated, past, max_tokens - generated, 1)
         asked, p_min = decide(params, state, now)
-        n = min(asked, min(n_ctx - past - 2, left - 1))
+        n = min(asked, room - generated)
         drafted = 0
         accepted = 0
         if n > 0:
@@ -81,56 +82,57 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
                 n = n_max
                 inexact += 1
             drafted = n
-            decodes = n
             if p_min > 0.0:
                 drafted = 0
                 blind = 0
                 while drafted < n and (probs[position, drafted] >= p_min or probs[position, drafted] < 0.0):
                     blind |= probs[position, drafted] < 0.0
                     drafted += 1
-                decodes = min(drafted + 1, n)
+                if drafted < n:  # one more was decoded to see that it is improbable
+                    stopped += 1
+                    past_stopped += past
                 inexact += blind and drafted <= known[position]
-            accepted = min(drafted, int(match[position]))
-            inexact += drafted > known[position]
-            rounds += 1
-            all_decodes += decodes
-            past_draft += past * decodes
+            accepted = min(drafted, int(match[np.uint64(position)]))
+            inexact += drafted > known[np.uint64(position)]
             if behind < n_max + 2:
-                counts[catchup_at + behind] += 1
+                counts[np.uint64(catchup_at + behind)] += 1
             else:
                 long_catchups += 1
                 long_rows += behind
-            draft_reshapes += (behind != rows_before) + (decodes > 1 and behind != 1)
-            rows_before = behind if decodes == 1 else 1
+            alone = n == 1 or (p_min > 0.0 and drafted == 0)
+            draft_reshapes += behind != rows_before
+            draft_reshapes += not alone and behind != 1
+            rows_before = behind if alone else 1
             behind = 0
-            verifications += drafted > 0
-            all_drafted += drafted
-            all_accepted += accepted
         elif asked == 0 and asked_before > 0:
             trips += 1
         asked_before = asked
         emitted = min(accepted + 1, n_generated - generated)
-        steps += 1
-        counts[width_at + drafted + 1] += 1
-        reshapes += drafted + 1 != width_before
-        width_before = drafted + 1
-        all_past += past
-        past_width += past * (drafted + 1)
+        counts[np.uint64(width_at + 1 + drafted)] += 1
+        reshapes += drafted != drafted_before
+        drafted_before = drafted
+        past_all += past
+        past_drafted += past * drafted
         state = learn(params, state, now, Outcome(asked, drafted, accepted, emitted))
         generated += emitted
         behind += emitted
+    steps = drafted_all = rounds = 0  # the rest is in the histograms
+    for n in range(n_max + 1):
+        steps += counts[width_at + 1 + n]
+        drafted_all += counts[width_at + 1 + n] * n
+        rounds += counts[catchup_at + 1 + n]
     counts[STEPS] = steps
-    counts[VERIFICATIONS] = verifications
-    counts[DRAFTED] = all_drafted
-    counts[ACCEPTED] = all_accepted
+    counts[VERIFICATIONS] = steps - counts[width_at + 1]
+    counts[DRAFTED] = drafted_all
+    counts[ACCEPTED] = n_generated - 1 - steps + (accepted + 1 - emitted if steps else 0)  # with what the end cut off
     counts[TOKENS] = n_generated - 1
-    counts[DRAFT_ROUNDS] = rounds
-    counts[DRAFT_DECODES] = all_decodes
+    counts[DRAFT_ROUNDS] = rounds + long_catchups
+    counts[DRAFT_DECODES] = drafted_all + stopped
     counts[TRIPS] = trips
     counts[INEXACT] = inexact
-    counts[PAST] = all_past
-    counts[PAST_WIDTH] = past_width
-    counts[PAST_DRAFT] = past_draft
+    counts[PAST] = past_all
+    counts[PAST_WIDTH] = past_all + past_drafted
+    counts[PAST_DRAFT] = past_drafted + past_stopped
     counts[LONG_CATCHUPS] = long_catchups
     counts[LONG_CATCHUP_ROWS] = long_rows
     counts[RESHAPES] = reshapes

@@ -1,10 +1,12 @@
-"""What the benchmarks share: medians with their range, and an order of runs that is fair on a noisy machine."""
+"""What the benchmarks share: an order of runs that is fair on a noisy machine, and medians with their spread."""
 
 from __future__ import annotations
 
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
 
 
 def interleaved(arms: Mapping[str, Callable[[], float]], repeats: int, seed: int = 0) -> dict[str, list[float]]:
@@ -17,9 +19,11 @@ def interleaved(arms: Mapping[str, Callable[[], float]], repeats: int, seed: int
 
 
 def ratio(of: Sequence[float], to: Sequence[float]) -> str:
-    """Median of the pairwise ratios with their range."""
-    pairs = [a / b for a, b in zip(of, to, strict=True)]
-    return f"{statistics.median(pairs):.3f} ({min(pairs):.3f} - {max(pairs):.3f}, n = {len(pairs)})"
+    """Median of the pairwise ratios with its 95 % bootstrap interval."""
+    pairs = np.array(of) / np.array(to)
+    drawn = np.random.default_rng(0).integers(0, len(pairs), (1000, len(pairs)))
+    low, high = np.quantile(np.median(pairs[drawn], 1), [0.025, 0.975])
+    return f"{np.median(pairs):.3f} ({low:.3f} - {high:.3f}, n = {len(pairs)})"
 
 
 def middle(values: Sequence[float], digits: int = 1) -> str:

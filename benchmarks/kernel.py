@@ -28,7 +28,7 @@ N_MAX, TOKENS = 8, 512
 C_SOURCE = r"""
 #include <stdint.h>
 #include <stdbool.h>
-#define SCALARS 18
+#define SCALARS 19
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 /* policy 0: static; 1: fallback with ratio, zero-accept trip and resumption */
 void walk(int policy, int64_t n_max, double min_ratio, int zero_trip, int64_t resume_after,
@@ -82,7 +82,7 @@ void walk(int policy, int64_t n_max, double min_ratio, int zero_trip, int64_t re
         int64_t s[SCALARS] = {steps, steps - counts[SCALARS + 1], drafted,
                               n_generated[r] - 1 - steps + accepted + 1 - emitted, n_generated[r] - 1, rounds, drafted,
                               trips, inexact, past_all, past_all + past_drafted, past_drafted, lc, lr,
-                              n_max > 0, n_max ? n_prompt[r] : 0, reshapes, draft_reshapes};
+                              n_max > 0, n_max ? n_prompt[r] : 0, reshapes, draft_reshapes, 0};
         for (int i = 0; i < SCALARS; i++) counts[i] = s[i];
     }
 }

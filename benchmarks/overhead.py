@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -22,8 +23,8 @@ from tracekit.policy.rule import Policy, rule
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+")
-    parser.add_argument("--max-tokens", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--prompts", type=int, default=6)
     args = parser.parse_args()
     for model in args.models:
@@ -31,51 +32,62 @@ def main() -> None:
 
 
 def compare(model: str, args: argparse.Namespace) -> None:
-    never = rule("fallback")(n_max=1, min_ratio=1.0)
-    prompts = [p.prompt for p in load("heldout")][:: max(1, 20 // args.prompts)]
+    off, four = rule("off")(), rule("static")(n_max=4)
+    trips = rule("fallback")(n_max=1, min_ratio=1.0)  # at the first draft that is not accepted
+    tripped = rule("fallback")(n_max=1, min_ratio=1.0, scope="engine")  # for good: no request drafts after that
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
 
         def engine(**options) -> Engine:
             return stack.enter_context(Engine(model, settings=Settings(n_max=8), **options))
 
         plain, again = engine(mtp=False), engine(mtp=False)
+        prompts = [p.prompt for p in load("heldout") if full(plain, p.prompt, args.max_tokens)][: args.prompts]
         mtp, recorded = engine(), engine(trace=Path(folder) / "t.duckdb")
 
-        def speed(of: Engine, policy: Policy) -> float:
-            tokens = time = 0.0
-            for prompt in prompts:
+        def arm(of: Engine, policy: Policy, prompt: str) -> Callable[[], float]:
+            def tokens_per_s() -> float:
                 done = of.generate(prompt, max_tokens=args.max_tokens, policy=policy)
-                tokens += len(done.tokens) - 1
-                time += done.speculated_us
-            return 1e6 * tokens / time
+                return 1e6 * (len(done.tokens) - 1) / done.speculated_us
 
-        off, four = rule("off")(), rule("static")(n_max=4)
+            return tokens_per_s
+
         arms = {
-            "plain": lambda: speed(plain, off),
-            "plain again": lambda: speed(again, off),
-            "idle": lambda: speed(mtp, off),
-            "tripped": lambda: speed(mtp, never),
-            "n_max=4": lambda: speed(mtp, four),
-            "n_max=4 recorded": lambda: speed(recorded, four),
-            "idle recorded": lambda: speed(recorded, off),
+            "plain": (plain, off),
+            "plain again": (again, off),
+            "idle": (mtp, off),
+            "tripped": (mtp, tripped),
+            "trips": (mtp, trips),
+            "n_max=4": (mtp, four),
+            "n_max=4 recorded": (recorded, four),
+            "idle recorded": (recorded, off),
         }
-        for arm in arms.values():
-            arm()
-        values = interleaved(arms, args.repeats)
+        values: dict[str, list[float]] = {name: [] for name in arms}
+        for of, policy in arms.values():
+            arm(of, policy, prompts[0])()
+        for n, prompt in enumerate(prompts):
+            run = {name: arm(of, policy, prompt) for name, (of, policy) in arms.items()}
+            for name, found in interleaved(run, args.repeats, seed=n).items():
+                values[name] += found
     print(
-        f"\n{model}: {len(prompts)} prompts x {args.max_tokens} tokens, {args.repeats} interleaved repeats, "
-        "ratios pairwise (median, range)"
+        f"\n{model}: {len(prompts)} prompts x {args.max_tokens} tokens, {args.repeats} interleaved repeats of each; "
+        "median of the pairwise ratios (95 % interval)"
     )
     for name in arms:
         print(f"{name:18s} {middle(values[name])} tokens/s")
     for what, of, to in (
         ("noise: a second plain engine", "plain again", "plain"),
         ("off with MTP loaded", "idle", "plain"),
-        ("tripped after one verification", "tripped", "plain"),
+        ("a policy that has tripped", "tripped", "plain"),
+        ("a request that trips at once", "trips", "plain"),
         ("recording, MTP idle", "idle recorded", "idle"),
         ("recording, n_max=4", "n_max=4 recorded", "n_max=4"),
     ):
         print(f"{what:32s} {ratio(values[of], values[to])}")
+
+
+def full(engine: Engine, prompt: str, max_tokens: int) -> bool:
+    """Whether the completion of ``prompt`` is as long as it may be."""
+    return len(engine.generate(prompt, max_tokens=max_tokens).tokens) == max_tokens
 
 
 if __name__ == "__main__":

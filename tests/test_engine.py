@@ -12,6 +12,7 @@ from tracekit.engine import Engine, Request, Sampling, Settings
 from tracekit.errors import TracekitError
 from tracekit.policy.rule import rule
 from tracekit.policy.spec import parse, parse_one
+from tracekit.trace.store import open_trace
 
 from .conftest import POLICIES, requests
 
@@ -298,3 +299,18 @@ def test_policy_that_asks_too_much_is_named(engine, tmp_path):
     for slot in engine._loop.slots:
         if slot is not None:
             engine.cancel(slot.number)
+
+
+def test_never_makes_the_engine_one_without_mtp(models, settings, tmp_path):
+    """Once a policy said NEVER no hidden state is copied any more, until a request comes that may draft."""
+    path = tmp_path / "t.duckdb"
+    trips = parse_one("fallback:n_max=4,min_ratio=1")
+    with Engine(models["misaligned"], settings=settings, trace=path) as engine:
+        done = [engine.generate(requests()[0].prompt, max_tokens=12, policy=p) for p in (rule("off")(), trips)]
+    assert [d.trips for d in done] == [0, 1]
+    frame = open_trace(path).frame(
+        "SELECT request, list(mtp ORDER BY step) AS mtp FROM steps JOIN verifications USING (run, step) "
+        "WHERE n_generated > 0 GROUP BY ALL ORDER BY request"
+    )
+    assert not any(frame["mtp"][0])
+    assert frame["mtp"][1].to_list() == [True] + [False] * (len(done[1].rounds) - 1)

@@ -34,6 +34,7 @@ def _logits(path, settings, tokens):
     with Engine(path, settings=settings) as engine:
         batch = Batch(len(tokens))
         batch.extend(tokens, 0, 0, True)
+        engine._target.extract_hidden(True)
         engine._target.decode(batch)
         n = len(tokens)
         return engine._target.logits()[:n].copy(), engine._target.hidden()[:n].copy()

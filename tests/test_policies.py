@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tracekit.errors import TracekitError
 from tracekit.policy.file import PolicyFile, read
-from tracekit.policy.interface import Now, Outcome
+from tracekit.policy.interface import NEVER, Now, Outcome
 from tracekit.policy.rule import rule, shipped
 from tracekit.policy.spec import parse, parse_one
 from tracekit.testing import check_policy
@@ -87,14 +87,14 @@ def asked(policy, *outcomes):
 def test_seed_defaults_trip_after_a_poor_first_verification():
     """PR 22931: after the first verification, off when accepted < 0.75 * drafted, for the rest of the request."""
     seed = rule("fallback")()
-    assert asked(seed, (8, 5), (0, 0), (0, 0)) == [8, 0, 0, 0]
+    assert asked(seed, (8, 5)) == [8, NEVER]
     assert asked(seed, (8, 6), (8, 1)) == [8, 8, 8]
 
 
 def test_seed_trips_after_any_verification_without_accepts():
     """PR 22931, follow-up: off after any single verification with 0 useful accepts."""
     seed = rule("fallback")()
-    assert asked(seed, (8, 8), (8, 3), (8, 0), (0, 0)) == [8, 8, 8, 0, 0]
+    assert asked(seed, (8, 8), (8, 3), (8, 0)) == [8, 8, 8, NEVER]
 
 
 def test_ratio_is_judged_once():
@@ -111,7 +111,7 @@ def test_resumption_starts_afresh():
 def test_min_drafts_collects_evidence_first():
     """With min_drafts the ratio is judged over as many drafts as that."""
     policy = rule("fallback")(n_max=4, min_drafts=8, min_ratio=0.5, zero_trip=False)
-    assert asked(policy, (4, 1), (4, 2)) == [4, 4, 0]
+    assert asked(policy, (4, 1), (4, 2)) == [4, 4, NEVER]
     assert asked(policy, (4, 1), (4, 3)) == [4, 4, 4]
 
 

@@ -23,7 +23,7 @@ def test_replay_equals_live(engine, probe_traces, temp, text):
     policy = parse_one(text)
     p = positions(open_trace(probe_traces[temp]))
     replayed = dict(zip(p.prompt_ids, rounds(policy, p), strict=True))
-    wanted = requests(temp, per_category=2)
+    wanted = sorted(requests(temp, per_category=2), key=lambda r: p.prompt_ids.index(r.prompt_id))  # as recorded
     with Engine(engine.model.path, policy, engine.settings) as fresh:
         for done in fresh.run(wanted):
             assert done.rounds == replayed[done.request.prompt_id], done.request.prompt_id

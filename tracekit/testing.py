@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tracekit.policy.interface import Now, Outcome
+from tracekit.policy.interface import NEVER, Now, Outcome
 from tracekit.policy.rule import Policy, Rule
 from tracekit.policy.spec import expand
 from tracekit.replay import kernel, link
@@ -28,9 +28,9 @@ def check_policy(rule: Rule, n_variants: int = 8, seed: int = 0) -> None:
     """Assert everything an engine and a simulator rely on, for ``rule`` at its defaults and at random points of its
     space.
 
-    Decisions are whole numbers of drafts, 0 or more, and a probability; the functions are pure; the compiled policy
-    does exactly what the interpreted one does. Raises ``AssertionError`` saying what failed, with the policy and the
-    step.
+    Decisions are whole numbers of drafts, 0 or more (or NEVER), and a probability; the functions are pure; the
+    compiled policy does exactly what the interpreted one does. Raises ``AssertionError`` saying what failed, with the
+    policy and the step.
     """
     rng = random.Random(seed)
     positions = random_positions(rng, n_requests=6, n_max=8)
@@ -93,7 +93,9 @@ def _check_decisions(policy: Policy, rng: random.Random) -> None:
         decision = functions.decide(params, state, now)
         n, p_min = decision
         assert decision == functions.decide(params, state, now), f"{policy}, step {step}: decide is not pure"
-        assert n in range(1 << 20), f"{policy}, step {step}: {n} drafts are not 0, 1, 2, ..."
+        if n == NEVER:
+            break
+        assert n in range(1 << 20), f"{policy}, step {step}: {n} drafts are not NEVER (-1), 0, 1, 2, ..."
         assert 0 <= p_min <= 1, f"{policy}, step {step}: p_min {p_min} is no probability"
         drafted = rng.randint(0, int(n))
         accepted = rng.choice((0, drafted, rng.randint(0, drafted)))

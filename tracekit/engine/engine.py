@@ -62,7 +62,6 @@ class Engine:
             self._target = self._context(self.model)
             if mtp:
                 self._drafter = self._make_drafter(draft_model)
-                self._target.extract_hidden(True)
             self._check(self.policy)
             self._loop = Loop(self.model, self._target, self._drafter, PartialRollback(self._target), self.settings)
             self._loop.probe = probe
@@ -132,7 +131,6 @@ class Engine:
         if mtp and self._drafter is None:
             raise TracekitError("the engine was started without MTP")
         self._loop.mtp = mtp
-        self._target.extract_hidden(mtp)
         self._loop.probe = self._probe if probing and mtp else None
 
     @property

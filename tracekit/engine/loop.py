@@ -20,7 +20,7 @@ from tracekit.engine.rollback import Rollback
 from tracekit.engine.settings import Settings
 from tracekit.engine.slot import Completion, Slot
 from tracekit.errors import TracekitError
-from tracekit.policy.interface import Now, Outcome
+from tracekit.policy.interface import NEVER, Now, Outcome
 from tracekit.policy.rule import Policy
 from tracekit.trace.rows import RequestEnd, RequestRow, Step, Verification
 
@@ -28,6 +28,7 @@ log = logging.getLogger("tracekit.engine")
 
 _NOT_ASKED = Ask(0, [], 0, 0.0, stop="off")
 _NO_ROOM = Ask(0, [], 0, 0.0, stop="room")
+_PLAIN = Outcome(0, 0, 0, 1)
 
 
 class Observer(Protocol):
@@ -51,6 +52,7 @@ class Loop:
     def __init__(self, model: Model, target: Context, drafter: Drafter | None, rollback: Rollback, settings: Settings):
         self.target, self.drafter, self.rollback, self.settings = target, drafter, rollback, settings
         self.mtp = drafter is not None
+        self._extracting = False
         self.observer: Observer | None = None
         self.probe: Probe | None = None
         self.queue: deque[Slot] = deque()
@@ -71,6 +73,7 @@ class Loop:
         generating = [s for s in slots if s.generating]
         n_past = sum(s.n_past for s in generating)
         asks = [ask for s in generating if (ask := self._decide(s, len(generating))) is not None]
+        self._extract(slots)
         decided = perf_counter_ns()
         if asks:
             self.drafter.draft(asks, probs=self.probe is not None)
@@ -82,7 +85,8 @@ class Loop:
         started = self._read_prompts(slots)
         sampled = perf_counter_ns()
         for slot, n in zip(generating, emitted, strict=True):
-            self._learn(slot, n, len(generating))
+            if not slot.over and not self.probe:
+                self._learn(slot, n)
         learned = perf_counter_ns()
         for slot in started:
             slot.first_token_ns = learned
@@ -93,7 +97,7 @@ class Loop:
                 run=self.observer.run,
                 step=self._n_steps,
                 t_us=(began - self._epoch_ns) // 1000,
-                mtp=self.mtp,
+                mtp=self._extracting,
                 n_slots=len(generating),
                 n_tokens=self._batch.n,
                 n_prompt=n_prompt,
@@ -126,20 +130,28 @@ class Loop:
             slot.started_ns = perf_counter_ns()
             slot.state = self._state(slot.policy)
             self.target.remove(i, 0)
+            slot.over = not self.mtp
             if self.mtp:
                 self.drafter.begin(i)
-                slot.drafts_first = self._drafts_first(slot)
+                self._look_ahead(slot)
             if self.observer is not None:
                 self.observer.began(self._request_row(slot))
 
-    def _drafts_first(self, slot: Slot) -> bool:
-        """Whether the policy, a pure function, will want drafts right after the prompt: then the prompt is caught up
-        chunk by chunk as it is read, and not in one go when other slots are generating."""
-        if self.probe:
-            return True
-        policy = slot.policy
-        now = Now(1, slot.n_prompt, slot.max_tokens - 1, 1)
-        return policy.rule.decide(policy.params, slot.state, now)[0] > 0
+    def _look_ahead(self, slot: Slot) -> None:
+        """Ask the policy, a pure function, what it will want right after the prompt: with drafts the prompt is caught
+        up chunk by chunk as it is read, and not in one go when other slots are generating."""
+        asked = 1
+        if not self.probe:
+            policy, now = slot.policy, Now(1, slot.n_prompt, slot.max_tokens - 1, 1)
+            asked = policy.rule.decide(policy.params, slot.state, now)[0]
+        slot.drafts_first, slot.over = asked > 0, asked == NEVER
+
+    def _extract(self, slots: list[Slot]) -> None:
+        """Have the target's hidden states copied out while a slot may still want drafts, and only then."""
+        wanted = not all(s.over for s in slots)
+        if wanted != self._extracting:
+            self._extracting = wanted
+            self.target.extract_hidden(wanted)
 
     def _request_row(self, slot: Slot) -> RequestRow:
         request = slot.request
@@ -165,21 +177,32 @@ class Loop:
     def _decide(self, slot: Slot, n_active: int) -> Ask | None:
         """Ask the slot's policy; an :class:`Ask` where it wants drafts and there is room for them."""
         asked, p_min, policy = 0, 0.0, slot.policy
-        if self.probe and self.mtp:
+        if slot.over:
+            asked = 0
+        elif self.probe:
             asked = self.probe.n_max
-        elif self.mtp:
-            if policy.scope == "engine":
+        else:
+            if slot.shares:
                 slot.state = self._shared[policy]
-            now = Now(slot.n_generated, slot.n_past, slot.max_tokens - slot.n_generated, n_active)
-            asked, p_min = policy.rule.decide(policy.params, slot.state, now)
+            generated = len(slot.tokens) - slot.n_prompt
+            slot.now = Now(generated, slot.n_past, slot.max_tokens - generated, n_active)
+            asked, p_min = policy.rule.decide(policy.params, slot.state, slot.now)
+            if asked == NEVER:
+                slot.over, asked = True, 0
             if not 0 <= asked <= self.settings.n_max:
                 raise TracekitError(
                     f"policy {policy} asked for {asked} drafts; the engine allows 0 to {self.settings.n_max} (--n-max)"
                 )
+        if asked == 0 and slot.n_asked > 0:
+            slot.trips += 1
+            self._log_trip(slot)
         slot.n_asked = asked
+        if asked == 0:
+            slot.ask = _NOT_ASKED
+            return None
         n = min(asked, slot.room)
-        if n <= 0:
-            slot.ask = _NO_ROOM if asked else _NOT_ASKED
+        if n == 0:
+            slot.ask = _NO_ROOM
             return None
         slot.ask = Ask(slot.index, slot.tokens, n, p_min, stop="n_max" if n == asked else "room")
         if self.probe:
@@ -225,8 +248,8 @@ class Loop:
         slot.rounds.append((slot.n_rows - 1, accepted))
         slot.n_past += emitted
         slot.n_redecoded = self.rollback.keep(slot.index, slot.n_past, slot.n_rows - emitted)
-        if self.mtp:
-            self.drafter.extend(slot.index, self.target.hidden()[slot.first_row : slot.first_row + emitted])
+        if not slot.over:
+            self.drafter.extend(slot.index, self.target.hidden(), slot.first_row, emitted)
         return emitted
 
     def _read_prompts(self, slots: list[Slot]) -> list[Slot]:
@@ -236,10 +259,9 @@ class Loop:
         for slot in slots:
             if slot.generating or not slot.n_rows:
                 continue
-            end = slot.first_row + slot.n_rows
             slot.n_past += slot.n_rows
-            if self.mtp:
-                self.drafter.extend(slot.index, self.target.hidden()[slot.first_row : end])
+            if not slot.over:
+                self.drafter.extend(slot.index, self.target.hidden(), slot.first_row, slot.n_rows)
             if slot.drafts_first:
                 began = perf_counter_ns()
                 self._ahead_rows += self.drafter.catch_up(slot.index, slot.tokens)
@@ -247,7 +269,7 @@ class Loop:
                 self._ahead_us += took_us
                 slot.catchup_us += took_us
             if slot.n_past == slot.n_prompt:
-                self._emit(slot, slot.sampler.sample(self.target, end - 1))
+                self._emit(slot, slot.sampler.sample(self.target, slot.first_row + slot.n_rows - 1))
                 started.append(slot)
         return started
 
@@ -256,21 +278,13 @@ class Loop:
         if not slot.stop and len(slot.tokens) > slot.n_ctx:
             slot.stop = "context"
 
-    def _learn(self, slot: Slot, emitted: int, n_active: int) -> None:
-        if self.probe or not self.mtp:
-            return
-        policy, (drafted, accepted) = slot.policy, slot.rounds[-1]
-        generated = slot.n_generated - emitted
-        now = Now(generated, slot.n_past - emitted, slot.max_tokens - generated, n_active)
-        slot.state = policy.rule.learn(
-            policy.params, slot.state, now, Outcome(slot.n_asked, drafted, accepted, emitted)
-        )
-        if policy.scope == "engine":
+    def _learn(self, slot: Slot, emitted: int) -> None:
+        policy, asked = slot.policy, slot.n_asked
+        drafted, accepted = slot.rounds[-1]
+        seen = Outcome(asked, drafted, accepted, emitted) if drafted or asked else _PLAIN
+        slot.state = policy.rule.learn(policy.params, slot.state, slot.now, seen)
+        if slot.shares:
             self._shared[policy] = slot.state
-        if slot.n_asked == 0 and slot.asked_before > 0:
-            slot.trips += 1
-            self._log_trip(slot)
-        slot.asked_before = slot.n_asked
 
     def _log_trip(self, slot: Slot) -> None:
         if log.isEnabledFor(logging.INFO):

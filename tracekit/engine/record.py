@@ -53,7 +53,7 @@ def record(
             fixed = rule("static")(n_max=length) if length else rule("off")()
             arms = [
                 ("no_mtp", [replace(r, policy=rule("off")()) for r in briefly]),
-                ("idle", [replace(r, policy=rule("off")()) for r in briefly]),
+                ("idle", [replace(r, policy=rule("static")(n_max=0)) for r in briefly]),  # might draft: not over
                 ("fixed", [replace(r, policy=fixed) for r in briefly]),
                 *arms,
             ]

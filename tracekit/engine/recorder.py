@@ -95,7 +95,7 @@ class Recorder:
         self._flush()
         if nothing:
             self._writer.close()
-            self.path.unlink()
+            self.path.unlink(missing_ok=True)
         elif not self.failed:
             end = RunEnd(self.run, self._last_us, self._record_us, self._writer_ns // 1000, n_checked, n_diverged)
             try:

@@ -7,6 +7,7 @@ from typing import Any
 
 from tracekit.engine.drafter import Ask
 from tracekit.engine.sampling import Sampler, Sampling
+from tracekit.policy.interface import Now
 from tracekit.policy.rule import Policy
 
 
@@ -67,7 +68,9 @@ class Slot:
     def __init__(self, number: int, request: Request, policy: Policy, tokens: list[int], n_ctx: int):
         self.number, self.request, self.policy = number, request, policy
         self.index = -1  # until a slot is free
+        self.shares = policy.scope == "engine"  # its state with every request of the engine
         self.state: Any = None
+        self.now: Now | None = None  # what the policy knew before the verification under way
         self.n_prompt = len(tokens)
         self.tokens = tokens
         self.n_past = 0  # tokens in the target's memory
@@ -80,7 +83,7 @@ class Slot:
         self.n_redecoded = 0
         self.stop = ""
         self.rounds: list[tuple[int, int]] = []  # (drafted, accepted) of every step, plain ones included
-        self.asked_before = 0
+        self.over = False  # nothing will be drafted any more: the engine has no MTP, or the policy said NEVER
         self.trips = 0
         self.drafts_first = False  # whether the policy will draft right after the prompt
         self.catchup_us = 0

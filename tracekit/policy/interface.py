@@ -5,7 +5,7 @@ A policy is a Python file with five names::
     class Params(NamedTuple): ...          # its parameters: int, float or bool, each with a default
     class State(NamedTuple): ...           # what it remembers: int, float or bool
     def begin(params): ...                 # -> State, when a request starts (or the engine, see scope)
-    def decide(params, state, now): ...    # -> (n_draft, p_min), before each verification
+    def decide(params, state, now): ...    # -> (n_draft, p_min), before each verification; n_draft may be NEVER
     def learn(params, state, now, seen):   # -> State, after it
 
 All three functions are pure. The engine calls them as they are; the simulator compiles the same source with Numba,
@@ -18,6 +18,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 Scope = Literal["request", "engine"]
+NEVER = -1  # what decide returns for: no drafts in this request any more. It is not asked, or told, anything after that
 SCOPES: tuple[str, ...] = ("request", "engine")
 
 

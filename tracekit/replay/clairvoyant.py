@@ -36,6 +36,7 @@ def clairvoyant_us(positions: Positions, cost: CostModel) -> np.ndarray:
             prices[kernel.PAST_WIDTH],
             prices[kernel.PAST_DRAFT],
             row_us,
+            min(prices[kernel.OVER], 0.0),
         ]
     )
     p = positions
@@ -61,7 +62,7 @@ def _line_under(catchup: np.ndarray, long_us: float, long_row_us: float) -> tupl
 
 def solve(first, n_generated, n_prompt, max_tokens, n_ctx, match, width, terms, n_max, out):
     """The programme itself, compiled on first use; see :func:`clairvoyant_us`."""
-    plain_us, step_us, token_us, round_us, decode_us, past_us, past_width_us, past_draft_us, row_us = terms
+    plain_us, step_us, token_us, round_us, decode_us, past_us, past_width_us, past_draft_us, row_us, over_us = terms
     for r in range(len(first)):
         n = n_generated[r]
         never = np.zeros(n + 1)
@@ -69,7 +70,7 @@ def solve(first, n_generated, n_prompt, max_tokens, n_ctx, match, width, terms, 
         for g in range(n - 1, 0, -1):
             past = n_prompt[r] + g - 1
             plain = plain_us + past * (past_us + past_width_us)
-            never[g] = plain + never[g + 1]
+            never[g] = plain + over_us + never[g + 1]
             best = plain + row_us + again[g + 1]
             right = match[first[r] + g - 1]
             for k in range(1, min(n_max, n_ctx[r] - past - 2, max_tokens[r] - g - 1) + 1):

@@ -197,6 +197,8 @@ class _Steps:
         no_mtp[kernel.PAST], no_mtp[kernel.RESHAPES] = per_token, reshape
         no_mtp[kernel.STEPS] = _robust_mean(off.wall - off.target)
         no_mtp[_layout(n_max)[0]][1] = _robust_mean(off.target - per_token * off.past - reshape * off.reshapes)
+        plain = [kernel.STEPS, kernel.TOKENS, kernel.N_SCALARS + 1]
+        prices[kernel.OVER] = no_mtp[plain].sum() - prices[plain].sum()
         return prices, no_mtp
 
     def _price_target(self, prices: np.ndarray, n_max: int, before: np.ndarray | None) -> None:

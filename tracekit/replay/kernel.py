@@ -32,7 +32,8 @@ PROMPT_CATCHUPS = 14  # prompts caught up while they were read, because the poli
 PROMPT_CATCHUP_ROWS = 15
 RESHAPES = 16  # target decodes of another width than the one before: llama.cpp builds its graph again
 DRAFT_RESHAPES = 17  # the same for the MTP context
-N_SCALARS = 18
+OVER = 18  # steps after the policy's NEVER: the engine is as if without MTP
+N_SCALARS = 19
 
 
 def n_counts(n_max):
@@ -73,6 +74,8 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
         past = n_prompt + generated - 1
         now = Now(generated, past, max_tokens - generated, 1)
         asked, p_min = decide(params, state, now)
+        if asked < 0:
+            break
         n = min(asked, room - generated)
         drafted = 0
         accepted = 0
@@ -116,6 +119,14 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
         state = learn(params, state, now, Outcome(asked, drafted, accepted, emitted))
         generated += emitted
         behind += emitted
+    over = n_generated - generated
+    if over > 0:  # plain steps to the end
+        trips += asked_before > 0
+        reshapes += drafted_before != 0
+        past_all += over * (n_prompt + generated - 1) + over * (over - 1) // 2
+        counts[width_at + 1] += over
+        accepted = 0
+        emitted = 1
     steps = drafted_all = rounds = 0  # the rest is in the histograms
     for n in range(n_max + 1):
         steps += counts[width_at + 1 + n]
@@ -137,6 +148,7 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
     counts[LONG_CATCHUP_ROWS] = long_rows
     counts[RESHAPES] = reshapes
     counts[DRAFT_RESHAPES] = draft_reshapes
+    counts[OVER] = over
     return state
 
 

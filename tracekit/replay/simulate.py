@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from tracekit.errors import TracekitError
-from tracekit.policy.interface import Now
 from tracekit.policy.rule import Policy, Rule
 from tracekit.replay import kernel, link
 from tracekit.replay.arrays import Positions
@@ -63,23 +62,26 @@ def rounds(policy: Policy, positions: Positions) -> list[list[tuple[int, int]]]:
     check(policy, positions)
     module = link.interpreted(policy.rule)
     found: list[list[tuple[int, int]]] = []
-    learn = module.learn
+    walk, learn = module.walk, module.learn
 
-    def listening(params, state, now: Now, seen):
-        if now.n_generated == 1:
-            found.append([])
+    def walking(*arguments):
+        found.append([])
+        return walk(*arguments)
+
+    def listening(params, state, now, seen):
         found[-1].append((int(seen.n_drafted), int(seen.n_accepted)))
         return learn(params, state, now, seen)
 
-    module.learn = listening
+    module.walk, module.learn = walking, listening
     try:
         size = kernel.n_counts(positions.n_max)
         out = np.empty((1, positions.n_requests, kernel.N_SCALARS + 1))
         shared = np.array([policy.scope == "engine"])
         module.run(_rows([policy]), shared, arrays_of(positions), np.zeros(size), out, np.zeros((0, 0, 0), np.int64))
     finally:
-        module.learn = learn
-    return found
+        module.walk, module.learn = walk, learn
+    steps = out[0, :, kernel.STEPS].astype(int)
+    return [of + [(0, 0)] * (n - len(of)) for of, n in zip(found, steps, strict=True)]  # after NEVER nothing is learnt
 
 
 def check(policy: Policy, positions: Positions) -> None:

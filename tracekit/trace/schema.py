@@ -69,7 +69,7 @@ CREATE TABLE steps (                     -- one llama_decode of the target, and 
     run SMALLINT NOT NULL,
     step INTEGER NOT NULL,
     t_us BIGINT NOT NULL,                -- since the run's first step
-    mtp BOOLEAN NOT NULL,                -- hidden states extracted (false: the no-MTP baseline)
+    mtp BOOLEAN NOT NULL,                -- hidden states extracted (false: as if without MTP)
     n_slots SMALLINT NOT NULL,           -- slots that generated
     n_tokens SMALLINT NOT NULL,          -- target batch tokens, prompts' included
     n_prompt SMALLINT NOT NULL,          -- of these, prompts'

@@ -9,7 +9,7 @@ that many plain tokens), scope = engine (a trip outlives the request) and p_min.
 
 from typing import NamedTuple
 
-from tracekit.policy.interface import Scope
+from tracekit.policy.interface import NEVER, Scope
 
 SPACE = {
     "n_max": "1..8/1",
@@ -44,7 +44,7 @@ def begin(params):
 
 def decide(params, state, now):
     if state.tripped:
-        return 0, 0.0
+        return (0 if params.resume_after else NEVER), 0.0
     return params.n_max, params.p_min
 
 

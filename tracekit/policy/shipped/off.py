@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from tracekit.policy.interface import NEVER
+
 
 class Params(NamedTuple):
     pass
@@ -16,7 +18,7 @@ def begin(params):
 
 
 def decide(params, state, now):
-    return 0, 0.0
+    return NEVER, 0.0
 
 
 def learn(params, state, now, seen):

@@ -1,93 +1,119 @@
-"""What caution and curiosity cost: a tripped policy, MTP loaded but idle, and recording, against a plain engine.
+"""What caution and curiosity cost: a tripped policy, MTP loaded but idle, and recording, against an engine without MTP.
 
     python benchmarks/overhead.py MODEL.gguf [MODEL2.gguf ...]
 
-Two engines that never loaded MTP are compared with each other too: the measurement's own noise.
+The first part moves several engines through the same request in turn, one step each, so that a machine that drifts
+drifts for all; two engines without MTP are compared with each other too, which is the measurement's own noise.
+Recording also works between steps, on a thread of its own, so the second part times whole requests, in pairs.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import tempfile
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from time import perf_counter_ns
 
 from common import interleaved, middle, ratio
 
-from tracekit.engine import Engine, Settings
+from tracekit.engine import Engine, Request, Settings
 from tracekit.model.prompt_sets import load
 from tracekit.policy.rule import Policy, rule
+from tracekit.trace.store import open_trace
+
+OFF, FOUR, WAITING = rule("off")(), rule("static")(n_max=4), rule("static")(n_max=0)
+TRIPS = rule("fallback")(n_max=1, min_ratio=1.0)  # at the first verification that does not accept everything
+TRIPPED = rule("fallback")(n_max=1, min_ratio=1.0, scope="engine")  # once and for all requests
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+")
     parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--prompts", type=int, default=6)
     args = parser.parse_args()
     for model in args.models:
-        compare(model, args)
-
-
-def compare(model: str, args: argparse.Namespace) -> None:
-    off, four = rule("off")(), rule("static")(n_max=4)
-    trips = rule("fallback")(n_max=1, min_ratio=1.0)  # at the first draft that is not accepted
-    tripped = rule("fallback")(n_max=1, min_ratio=1.0, scope="engine")  # for good: no request drafts after that
-    with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
-
-        def engine(**options) -> Engine:
-            return stack.enter_context(Engine(model, settings=Settings(n_max=8), **options))
-
-        plain, again = engine(mtp=False), engine(mtp=False)
-        prompts = [p.prompt for p in load("heldout") if full(plain, p.prompt, args.max_tokens)][: args.prompts]
-        mtp, recorded = engine(), engine(trace=Path(folder) / "t.duckdb")
-
-        def arm(of: Engine, policy: Policy, prompt: str) -> Callable[[], float]:
-            def tokens_per_s() -> float:
-                done = of.generate(prompt, max_tokens=args.max_tokens, policy=policy)
-                return 1e6 * (len(done.tokens) - 1) / done.speculated_us
-
-            return tokens_per_s
-
-        arms = {
-            "plain": (plain, off),
-            "plain again": (again, off),
-            "idle": (mtp, off),
-            "tripped": (mtp, tripped),
-            "trips": (mtp, trips),
-            "n_max=4": (mtp, four),
-            "n_max=4 recorded": (recorded, four),
-            "idle recorded": (recorded, off),
-        }
-        values: dict[str, list[float]] = {name: [] for name in arms}
-        for of, policy in arms.values():
-            arm(of, policy, prompts[0])()
-        for n, prompt in enumerate(prompts):
-            run = {name: arm(of, policy, prompt) for name, (of, policy) in arms.items()}
-            for name, found in interleaved(run, args.repeats, seed=n).items():
-                values[name] += found
-    print(
-        f"\n{model}: {len(prompts)} prompts x {args.max_tokens} tokens, {args.repeats} interleaved repeats of each; "
-        "median of the pairwise ratios (95 % interval)"
-    )
-    for name in arms:
-        print(f"{name:18s} {middle(values[name])} tokens/s")
-    for what, of, to in (
-        ("noise: a second plain engine", "plain again", "plain"),
-        ("off with MTP loaded", "idle", "plain"),
-        ("a policy that has tripped", "tripped", "plain"),
-        ("a request that trips at once", "trips", "plain"),
-        ("recording, MTP idle", "idle recorded", "idle"),
-        ("recording, n_max=4", "n_max=4 recorded", "n_max=4"),
-    ):
-        print(f"{what:32s} {ratio(values[of], values[to])}")
+        with Engine(model, mtp=False) as engine:
+            prompts = [p.prompt for p in load("heldout") if full(engine, p.prompt, args.max_tokens)][: args.prompts]
+        print(f"\n{model}: {len(prompts)} prompts x {args.max_tokens} tokens, {args.repeats} repeats of each")
+        caution(model, prompts, args)
+        recording(model, prompts, args)
 
 
 def full(engine: Engine, prompt: str, max_tokens: int) -> bool:
     """Whether the completion of ``prompt`` is as long as it may be."""
     return len(engine.generate(prompt, max_tokens=max_tokens).tokens) == max_tokens
+
+
+def caution(model: str, prompts: list[str], args: argparse.Namespace) -> None:
+    arms = {
+        "without MTP": (False, OFF),
+        "without MTP, again": (False, OFF),
+        "off, with MTP loaded": (True, OFF),
+        "a policy that has tripped": (True, TRIPPED),
+        "a request that trips": (True, TRIPS),
+        "drafts nothing, but might": (True, WAITING),
+    }
+    with ExitStack() as stack:
+        engines = {
+            name: stack.enter_context(Engine(model, settings=Settings(n_max=8), mtp=mtp))
+            for name, (mtp, _) in arms.items()
+        }
+        for name, (_, policy) in arms.items():  # warm, and tripped
+            list(engines[name].run([Request(p, args.max_tokens, policy=policy) for p in prompts]))
+        times: dict[str, list[float]] = {name: [] for name in arms}
+        rng = random.Random(0)
+        for prompt in prompts * args.repeats:
+            for name, (_, policy) in arms.items():
+                engines[name].submit(Request(prompt, args.max_tokens, policy=policy))
+                engines[name].step()
+            spent = dict.fromkeys(arms, 0)
+            while busy := [name for name in arms if not engines[name].idle]:
+                for name in rng.sample(busy, len(busy)):
+                    began = perf_counter_ns()
+                    engines[name].step()
+                    spent[name] += perf_counter_ns() - began
+            for name, time in spent.items():
+                times[name].append(time)
+    base = times["without MTP"]
+    per_token = [t / 1000 / (args.max_tokens - 1) for t in base]
+    print(f"generating without MTP takes {middle(per_token, 0)} us per token (median, range); speed relative to it:")
+    for name in list(arms)[1:]:
+        print(f"  {name:28s} {ratio(base, times[name])}")
+
+
+def recording(model: str, prompts: list[str], args: argparse.Namespace) -> None:
+    with ExitStack() as stack:
+        path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "t.duckdb"
+        silent = stack.enter_context(Engine(model, settings=Settings(n_max=8)))
+        recorded = Engine(model, settings=Settings(n_max=8), trace=path)
+
+        def us(of: Engine, policy: Policy, prompt: str) -> int:
+            return of.generate(prompt, max_tokens=args.max_tokens, policy=policy).speculated_us
+
+        print("speed while recording, relative to not recording:")
+        for name, policy in (("no drafts", WAITING), ("n_max=4", FOUR)):
+            values: dict[str, list[float]] = {"silent": [], "recorded": []}
+            for n, prompt in enumerate(prompts):
+                pair = {
+                    "silent": lambda q=prompt, p=policy: us(silent, p, q),
+                    "recorded": lambda q=prompt, p=policy: us(recorded, p, q),
+                }
+                for arm, found in interleaved(pair, 2 * args.repeats, seed=n).items():
+                    values[arm] += found
+            print(f"  {name:28s} {ratio(values['silent'], values['recorded'])}")
+        recorded.close()
+        own = open_trace(path).frame(
+            "SELECT record_us / busy AS main, writer_us / busy AS writer FROM run_ends, "
+            "(SELECT sum(wall_us) AS busy FROM steps)"
+        )
+    print(
+        f"  the recorder's own account: {100 * own['main'][0]:.2f} % of the time of all steps between them, and "
+        f"{100 * own['writer'][0]:.2f} % processor time of its thread"
+    )
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class TraceWriter:
             self.path.unlink()
             self.path.with_name(self.path.name + ".wal").unlink(missing_ok=True)
         try:
-            self._con = duckdb.connect(str(self.path))
+            self._con = duckdb.connect(str(self.path), config={"threads": 1})  # the cores are the engine's
             self._con.execute(schema.TABLES + schema.VIEWS)
         except duckdb.Error as error:
             raise TracekitError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from None

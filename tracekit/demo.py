@@ -27,7 +27,9 @@ N_MAX = 8
 
 @dataclass(frozen=True)
 class Plan:
-    """How the demo runs. ``prompts`` per category, 0 for all; ``layers`` of the expanded model."""
+    """How the demo runs. ``layers`` of the expanded model; ``prompts`` per category to record (half as many, rounded up, are held
+    out for verifying), 0 for all that ship.
+    """
 
     folder: Path
     layers: int
@@ -77,7 +79,10 @@ def run(plan: Plan, say: Callable[[str], None], progress: Callable[[str], Abstra
             "model's cost"
         )
         with progress("tensors") as update:
-            build(model, layers=plan.layers, misaligned=name == "misaligned", force=plan.force, progress=update)
+            build(
+                model, layers=plan.layers, misaligned=name == "misaligned", dtype="f32", force=plan.force,
+                progress=update,
+            )  # fmt: skip  # what is built, then how
         trace, policy = plan.folder / f"{name}.duckdb", plan.folder / f"{name}.toml"
         say(
             f"[{name}] recording: {N_MAX} drafts at every position of {len(_some('tune', plan))} prompts, and "
@@ -102,13 +107,15 @@ def run(plan: Plan, say: Callable[[str], None], progress: Callable[[str], Abstra
 
 
 def _settings(plan: Plan) -> Settings:
-    return Settings(n_max=N_MAX, threads=plan.threads)
+    """In float32 throughout, so that rounding does not depend on the width of a batch and tokens can be compared."""
+    return Settings(n_max=N_MAX, threads=plan.threads, cache_type_k="f32", cache_type_v="f32", flash_attn="off")
 
 
 def _some(name: str, plan: Plan) -> list[Prompt]:
     kept: dict[str, list[Prompt]] = defaultdict(list)
+    most = plan.prompts if name == "tune" else (plan.prompts + 1) // 2
     for prompt in load(name):
-        if not plan.prompts or len(kept[prompt.category]) < plan.prompts:
+        if not most or len(kept[prompt.category]) < most:
             kept[prompt.category].append(prompt)
     return [p for prompts in kept.values() for p in prompts]
 

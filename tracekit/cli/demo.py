@@ -15,11 +15,13 @@ def demo(
         Path,
         typer.Option("-o", "--output", metavar="FOLDER", help="Where models, traces, policies and the picture go."),
     ] = Path("demo"),
-    layers: Annotated[int, typer.Option("--layers", help="Trunk layers of the expanded reference model.")] = 64,
+    layers: Annotated[int, typer.Option("--layers", help="Trunk layers of the expanded reference model.")] = 36,
     max_tokens: options.MaxTokens = 96,
-    temp: options.Temp = 0.7,
+    temp: options.Temp = 0.8,
     repeats: Annotated[int, typer.Option("--repeats", help="Live runs of every held-out prompt under every arm.")] = 2,
-    prompts_per_category: Annotated[int, typer.Option("--prompts", help="Prompts per category; 0: all that ship.")] = 0,
+    prompts_per_category: Annotated[
+        int, typer.Option("--prompts", help="Prompts per category to record, twice what is held out; 0: all.")
+    ] = 4,
     seed: options.Seed = 0,
     threads: options.Threads = 0,
     force: options.Force = False,
@@ -32,6 +34,7 @@ def demo(
     story = run(plan, out.say, out.progress)
     for head in story.heads:
         out.print_table(tables.verdict_table(head.verdict, title=f"{head.name} head"))
+        out.print_table(tables.categories_table(head.verdict))
         print(head.verdict.sentence)
         print(head.tuned.evidence.advice)
         print()

@@ -24,6 +24,10 @@ def verify(
             help="Take the times from this trace instead of a probe of the prompts: does it still hold?",
         ),
     ] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option("--also", metavar="POLICIES", help="Compare these too; sweeps as in replay. May be given again."),
+    ] = None,
     repeats: Annotated[int, typer.Option("--repeats", help="Live runs of every prompt under every arm.")] = 3,
     max_tokens: options.MaxTokens = 128,
     temp: options.Temp = 0.0,
@@ -57,13 +61,14 @@ def verify(
     pictures.check(plot)
     text = str(policy_file)
     tuned = file.read(text) if text.endswith(".toml") else file.PolicyFile(spec.parse_one(text))
+    others = [p for text in also or [] for p in spec.parse(text)]
     loaded = load(prompts)
     cost = fit(open_trace(trace), n_max) if trace else None
 
     from tracekit.engine import Request, Sampling
     from tracekit.engine.model import sha256_of
     from tracekit.engine.provenance import device_name
-    from tracekit.verify import standard_arms
+    from tracekit.verify import Arm, standard_arms
     from tracekit.verify import verify as run
 
     if tuned.evidence is not None:
@@ -85,13 +90,14 @@ def verify(
     ]
     with out.progress("live runs") as update:
         verdict = run(
-            model, standard_arms(tuned.policy, n_max), requests, settings, draft_model, repeats, cost, seed,
-            update,
+            model, [*standard_arms(tuned.policy, n_max), *(Arm(p.label, p) for p in others)], requests, settings,
+            draft_model, repeats, cost, seed, update,
         )  # fmt: skip  # what is run, then how
     if json:
         out.print_json(
             {
                 "arms": verdict.arms.to_dicts(),
+                "categories": verdict.categories.to_dicts(),
                 "median_error_ratio": verdict.median_error_ratio,
                 "ranking_tau": verdict.ranking_tau,
                 "lossless": verdict.lossless,
@@ -101,6 +107,7 @@ def verify(
         )
     else:
         out.print_table(tables.verdict_table(verdict))
+        out.print_table(tables.categories_table(verdict))
         print(verdict.sentence)
         if tuned.evidence is not None:
             e = tuned.evidence

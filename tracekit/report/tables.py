@@ -150,6 +150,7 @@ def verdict_table(verdict: Verdict, title: str | None = None) -> Table:
         "x no MTP predicted",
         "x no MTP measured",
         "same steps",
+        "same tokens",
     ]
     rows = []
     for row in verdict.arms.iter_rows(named=True):
@@ -163,9 +164,24 @@ def verdict_table(verdict: Verdict, title: str | None = None) -> Table:
                 f"{row['predicted_speedup']:.3f}",
                 f"{row['measured_speedup']:.3f}",
                 f"{row['equal_requests']}/{row['n_requests']}",
+                f"{row['equal_tokens']}/{row['n_requests']}",
             ]
         )
     return table(columns, rows, left=2, title=title)
+
+
+def categories_table(verdict: Verdict) -> Table:
+    """Measured speed-up against no MTP of every arm in every prompt category, the predicted one in brackets."""
+    sizes = dict(verdict.categories.select("category", "n_requests").rows())
+    columns = ["measured x no MTP [predicted]", *(f"{c}, n = {n}" for c, n in sizes.items())]
+    rows = [
+        [
+            arm,
+            *(f"{m:.2f} [{p:.2f}]" for m, p in of.select("measured_speedup", "predicted_speedup").rows()),
+        ]
+        for (arm,), of in verdict.categories.group_by("arm", maintain_order=True)
+    ]
+    return table(columns, rows)
 
 
 def stats_tables(summary: Summary) -> list[Table]:

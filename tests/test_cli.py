@@ -241,8 +241,13 @@ def test_verify_compares_prediction_and_measurement(models, tuned, prompts, tmp_
         assert arm["equal_requests"] == arm["n_requests"] == 6
         assert arm["measured_low"] <= arm["measured"] <= arm["measured_high"]
         assert arm["predicted_low"] <= arm["predicted"] <= arm["predicted_high"]
-    text = tracekit("verify", *common, "--repeats", 1, "--plot", plot)
+    speedups = {(c["arm"], c["category"]): c["measured_speedup"] for c in verdict["categories"]}
+    assert len(speedups) == 5 * 3
+    assert all(speedups["no MTP", category] == 1 for category in "abc")
+    text = tracekit("verify", *common, "--repeats", 1, "--plot", plot, "--also", "static:n_max=2,3")
     assert "ranking agreement" in text.stdout
+    assert "static:n_max=3" in text.stdout
+    assert "c, n = 2" in text.stdout
     assert plot.read_text().startswith("<svg")
 
 

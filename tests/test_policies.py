@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +13,8 @@ from tracekit.policy.file import PolicyFile, read
 from tracekit.policy.interface import NEVER, Now, Outcome
 from tracekit.policy.rule import rule, shipped
 from tracekit.policy.spec import parse, parse_one
-from tracekit.testing import check_policy
+from tracekit.replay.simulate import rounds
+from tracekit.testing import check_policy, random_positions
 
 OWN = '''
 """Back off by one after a miss, go up by one after a full accept."""
@@ -39,6 +42,30 @@ def decide(params, state, now):
 def learn(params, state, now, seen):
     step = 1 if seen.n_accepted == seen.n_drafted else -1
     return State(clamp(state.n + step, params.floor, params.n_max))
+'''
+
+ONCE = '''
+"""Draft once, then never again in the request."""
+from typing import NamedTuple
+
+from tracekit.policy.interface import NEVER
+
+class Params(NamedTuple):
+    n_max: int = 2
+
+class State(NamedTuple):
+    used: bool
+
+def begin(params):
+    return State(False)
+
+def decide(params, state, now):
+    return (NEVER if state.used else params.n_max), 0.0
+
+def learn(params, state, now, seen):
+    if state.used:
+        raise RuntimeError("told after NEVER")
+    return State(True)
 '''
 
 
@@ -95,6 +122,15 @@ def test_seed_trips_after_any_verification_without_accepts():
     """PR 22931, follow-up: off after any single verification with 0 useful accepts."""
     seed = rule("fallback")()
     assert asked(seed, (8, 8), (8, 3), (8, 0)) == [8, 8, 8, NEVER]
+
+
+def test_conformance_accepts_never_and_ends_there(tmp_path):
+    """After NEVER a policy is neither asked nor told anything more in that request."""
+    path = tmp_path / "once.py"
+    path.write_text(ONCE)
+    check_policy(rule(path))
+    for steps in rounds(rule(path)(), random_positions(random.Random(0), n_requests=8, n_max=4)):
+        assert not any(drafted for drafted, _ in steps[1:])
 
 
 def test_ratio_is_judged_once():

@@ -27,8 +27,8 @@ N_MAX = 8
 
 @dataclass(frozen=True)
 class Plan:
-    """How the demo runs. ``layers`` of the expanded model; ``prompts`` per category to record (half as many, rounded up, are held
-    out for verifying), 0 for all that ship.
+    """How the demo runs. ``layers`` of the expanded model; ``prompts`` per category to record (half as many, rounded
+    up, are held out for verifying), 0 for all that ship.
     """
 
     folder: Path

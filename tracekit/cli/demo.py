@@ -21,7 +21,7 @@ def demo(
     repeats: Annotated[int, typer.Option("--repeats", help="Live runs of every held-out prompt under every arm.")] = 2,
     prompts_per_category: Annotated[
         int, typer.Option("--prompts", help="Prompts per category to record, twice what is held out; 0: all.")
-    ] = 4,
+    ] = 5,
     seed: options.Seed = 0,
     threads: options.Threads = 0,
     force: options.Force = False,

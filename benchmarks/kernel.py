@@ -37,7 +37,7 @@ void walk(int policy, int64_t n_max, double min_ratio, int zero_trip, int64_t re
           int64_t *out, int64_t n_counts, int64_t widths) {
     for (int64_t r = 0; r < n_requests; r++) {
         int64_t *counts = out + r * n_counts, g = 1, behind = n_max ? 1 : n_prompt[r] + 1, before = 0;
-        int64_t accepted = 0, emitted = 0, trips = 0, inexact = 0, past_all = 0, past_drafted = 0, lc = 0, lr = 0;
+        int64_t accepted = 0, emitted = 0, trips = 0, inexact = 0, kv_all = 0, kv_drafted = 0, lc = 0, lr = 0;
         int64_t reshapes = 0, draft_reshapes = 0, drafted_before = -1, rows_before = 0, plain = 0;
         int64_t room = MIN(n_ctx[r] - n_prompt[r] - 1, max_tokens[r] - 1);
         bool tripped = false, judged = false;
@@ -60,8 +60,9 @@ void walk(int policy, int64_t n_max, double min_ratio, int zero_trip, int64_t re
             counts[SCALARS + 1 + drafted]++;
             reshapes += drafted != drafted_before;
             drafted_before = drafted;
-            past_all += past;
-            past_drafted += past * drafted;
+            int64_t kv = (past + 1 + drafted + 255) & -256;
+            kv_all += kv;
+            kv_drafted += kv * drafted;
             if (policy) {
                 if (tripped) {
                     plain += emitted;
@@ -81,7 +82,7 @@ void walk(int policy, int64_t n_max, double min_ratio, int zero_trip, int64_t re
         }
         int64_t s[SCALARS] = {steps, steps - counts[SCALARS + 1], drafted,
                               n_generated[r] - 1 - steps + accepted + 1 - emitted, n_generated[r] - 1, rounds, drafted,
-                              trips, inexact, past_all, past_all + past_drafted, past_drafted, lc, lr,
+                              trips, inexact, kv_all, kv_all + kv_drafted, kv_drafted, lc, lr,
                               n_max > 0, n_max ? n_prompt[r] : 0, reshapes, draft_reshapes, 0};
         for (int i = 0; i < SCALARS; i++) counts[i] = s[i];
     }

@@ -34,7 +34,7 @@ def made_up_cost(seed, n_max=8):
     rng = np.random.default_rng(seed)
     prices = np.zeros(kernel.n_counts(n_max))
     prices[[kernel.STEPS, kernel.TOKENS, kernel.DRAFT_ROUNDS, kernel.DRAFT_DECODES]] = rng.uniform(1, 100, 4)
-    prices[[kernel.PAST, kernel.PAST_WIDTH, kernel.PAST_DRAFT]] = rng.uniform(0, 0.1, 3)
+    prices[[kernel.KV, kernel.KV_WIDTH, kernel.KV_DRAFT]] = rng.uniform(0, 0.1, 3)
     widths, catchups = kernel.N_SCALARS, kernel.N_SCALARS + n_max + 2
     prices[widths + 1 : catchups] = np.sort(rng.uniform(100, 5000, n_max + 1))
     prices[catchups + 1 :] = np.sort(rng.uniform(10, 500, n_max + 1))
@@ -179,3 +179,11 @@ def test_no_cache_folder_gets_one_clear_line(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACEKIT_CACHE", str(tmp_path / "file"))
     with pytest.raises(TracekitError, match="TRACEKIT_CACHE"):
         counts([rule(tmp_path / "mine.py")()], made_up(1))
+
+
+@given(st.integers(0, 5000))
+def test_attended_cells_add_up(n):
+    """The closed form for the plain steps after NEVER is the sum it stands for; cells come in whole blocks."""
+    assert kernel.n_kv_sum(n) == sum(kernel.n_kv(i) for i in range(1, n + 1))
+    assert kernel.n_kv(n) % kernel.KV_BLOCK == 0
+    assert n <= kernel.n_kv(n) < n + kernel.KV_BLOCK

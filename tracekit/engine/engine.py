@@ -67,7 +67,8 @@ class Engine:
             self._loop.probe = probe
             path = trace or free_path(os.environ.get("TRACEKIT_TRACE"))
             if path:
-                self.recorder = Recorder(path, run_facts(self, probe), force=force)
+                facts = run_facts(self.model, self.draft_model, self.settings, self.policy, probe)
+                self.recorder = Recorder(path, facts, force=force)
                 self._loop.observer = self.recorder
         except BaseException:
             self.close()

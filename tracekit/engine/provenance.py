@@ -9,20 +9,22 @@ import shutil
 import subprocess
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tracekit
 from tracekit.engine import lib
+from tracekit.engine.model import Model
 from tracekit.engine.probe import Probe
+from tracekit.engine.settings import Settings
+from tracekit.policy.rule import Policy
 from tracekit.trace import schema
 
-if TYPE_CHECKING:
-    from tracekit.engine.engine import Engine
 
-
-def run_facts(engine: Engine, probe: Probe | None) -> dict[str, Any]:
-    """The ``runs`` row for a recording that ``engine`` starts now."""
-    facts = engine.model.facts
+def run_facts(
+    model: Model, draft_model: Model | None, settings: Settings, policy: Policy, probe: Probe | None
+) -> dict[str, Any]:
+    """The ``runs`` row for a recording that an engine of these parts starts now."""
+    facts = model.facts
     return {
         "run": 0,
         "trace_id": uuid.uuid4().hex,
@@ -30,20 +32,20 @@ def run_facts(engine: Engine, probe: Probe | None) -> dict[str, Any]:
         "mode": "probe" if probe else "live",
         "started_at": datetime.datetime.now(datetime.UTC),
         "tracekit_version": tracekit.__version__,
-        "policy": None if probe else engine.policy.label,
-        "n_max": probe.n_max if probe else engine.settings.n_max,
+        "policy": None if probe else policy.label,
+        "n_max": probe.n_max if probe else settings.n_max,
         "model_path": facts.path,
-        "model_sha256": engine.model.sha256,
+        "model_sha256": model.sha256,
         "model_arch": facts.arch,
         "model_desc": facts.desc,
         "model_bytes": facts.n_bytes,
         "model_n_params": facts.n_params,
         "n_layer_nextn": facts.n_layer_nextn,
-        "draft_sha256": engine.draft_model.sha256 if engine.draft_model else None,
+        "draft_sha256": draft_model.sha256 if draft_model else None,
         "llama_cpp": lib.build(),
         "device": device_name(),
         "driver": driver(),
-        "settings": engine.settings.as_dict() | ({"probe_seed": probe.seed} if probe else {}),
+        "settings": settings.as_dict() | ({"probe_seed": probe.seed} if probe else {}),
         "machine": machine(),
     }
 

@@ -15,6 +15,7 @@ import numpy as np
 from tracekit.replay import kernel
 from tracekit.replay.arrays import Positions
 from tracekit.replay.costs import CostModel
+from tracekit.replay.kernel import KV_BLOCK
 
 
 def clairvoyant_us(positions: Positions, cost: CostModel) -> np.ndarray:
@@ -32,9 +33,9 @@ def clairvoyant_us(positions: Positions, cost: CostModel) -> np.ndarray:
             prices[kernel.TOKENS],
             prices[kernel.DRAFT_ROUNDS] + round_us,
             prices[kernel.DRAFT_DECODES],
-            prices[kernel.PAST],
-            prices[kernel.PAST_WIDTH],
-            prices[kernel.PAST_DRAFT],
+            prices[kernel.KV],
+            prices[kernel.KV_WIDTH],
+            prices[kernel.KV_DRAFT],
             row_us,
             min(prices[kernel.OVER], 0.0),
         ]
@@ -47,8 +48,8 @@ def clairvoyant_us(positions: Positions, cost: CostModel) -> np.ndarray:
     steps = p.n_generated - 1
     plain = steps * (cost.no_mtp[kernel.STEPS] + cost.no_mtp[kernel.TOKENS] + cost.no_mtp[kernel.N_SCALARS + 1])
     plain = plain + cost.no_mtp[kernel.RESHAPES]
-    past = steps * p.n_prompt + steps * (steps - 1) // 2
-    return np.minimum(out, plain + past * (cost.no_mtp[kernel.PAST] + cost.no_mtp[kernel.PAST_WIDTH]))
+    kv = kernel.n_kv_sum(p.n_prompt + steps) - kernel.n_kv_sum(p.n_prompt)
+    return np.minimum(out, plain + kv * (cost.no_mtp[kernel.KV] + cost.no_mtp[kernel.KV_WIDTH]))
 
 
 def _line_under(catchup: np.ndarray, long_us: float, long_row_us: float) -> tuple[float, float]:
@@ -62,21 +63,23 @@ def _line_under(catchup: np.ndarray, long_us: float, long_row_us: float) -> tupl
 
 def solve(first, n_generated, n_prompt, max_tokens, n_ctx, match, width, terms, n_max, out):
     """The programme itself, compiled on first use; see :func:`clairvoyant_us`."""
-    plain_us, step_us, token_us, round_us, decode_us, past_us, past_width_us, past_draft_us, row_us, over_us = terms
+    plain_us, step_us, token_us, round_us, decode_us, kv_us, kv_width_us, kv_draft_us, row_us, over_us = terms
     for r in range(len(first)):
         n = n_generated[r]
         never = np.zeros(n + 1)
         again = np.full(n + 1, np.inf)
         for g in range(n - 1, 0, -1):
             past = n_prompt[r] + g - 1
-            plain = plain_us + past * (past_us + past_width_us)
+            kv = (past + KV_BLOCK) & -KV_BLOCK  # kernel.n_kv
+            plain = plain_us + kv * (kv_us + kv_width_us)
             never[g] = plain + over_us + never[g + 1]
             best = plain + row_us + again[g + 1]
             right = match[first[r] + g - 1]
             for k in range(1, min(n_max, n_ctx[r] - past - 2, max_tokens[r] - g - 1) + 1):
                 emitted = min(min(k, right) + 1, n - g)
                 time = step_us + round_us + width[k + 1] + decode_us * k + token_us * emitted
-                time += past * (past_us + past_width_us * (k + 1) + past_draft_us * k)
+                kv = (past + k + KV_BLOCK) & -KV_BLOCK
+                time += kv * (kv_us + kv_width_us * (k + 1) + kv_draft_us * k)
                 best = min(best, time + min(never[g + emitted], row_us * emitted + again[g + emitted]))
             again[g] = best
         out[r] = min(never[1], row_us * (n_prompt[r] + 1) + again[1])

@@ -91,7 +91,7 @@ class _Steps:
     path: str
     block: np.ndarray  # consecutive requests of one prompt: close together in time
     mtp: np.ndarray
-    past: np.ndarray
+    kv: np.ndarray  # cells that attention read
     width: np.ndarray
     width_before: np.ndarray  # of the target decode before
     emitted: np.ndarray
@@ -117,7 +117,7 @@ class _Steps:
                    FROM (SELECT *, prompt_id IS DISTINCT FROM lag(prompt_id) OVER (ORDER BY run, request) AS new
                          FROM requests)),
                target AS (SELECT *, lag(n_tokens) OVER (PARTITION BY run ORDER BY step) AS width_before FROM steps)
-               SELECT block, mtp, n_past AS past, n_tokens AS width,
+               SELECT block, mtp, n_past, n_tokens AS width,
                       coalesce(width_before, 0) AS width_before, len(v.tokens) AS emitted,
                       n_draft_decodes AS decodes, n_catchup AS rows, coalesce(rows_before, 0) AS rows_before,
                       target_us AS target, first_draft_us AS first, draft_us AS draft, catchup_us AS catchup,
@@ -130,6 +130,9 @@ class _Steps:
             raise TracekitError(
                 f"{trace.path}: recorded with several slots; costs of one slot need a recording with --parallel 1"
             )
+        frame = frame.with_columns(kv=pl.Series(kernel.n_kv((frame["n_past"] + frame["width"]).to_numpy()))).drop(
+            "n_past"
+        )
         found = cls(str(trace.path), **{c: frame[c].cast(pl.Float64).to_numpy() for c in frame.columns})
         if (found.mtp == 0).sum() < LEAST:
             raise TracekitError(f"{trace.path}: the baseline without MTP was not recorded; record with --baseline")
@@ -193,10 +196,10 @@ class _Steps:
         on._price_host(prices)
         if not len(off.wall):
             return prices, before[1]
-        per_token, reshape = prices[kernel.PAST] + prices[kernel.PAST_WIDTH], prices[kernel.RESHAPES]
-        no_mtp[kernel.PAST], no_mtp[kernel.RESHAPES] = per_token, reshape
+        per_kv, reshape = prices[kernel.KV] + prices[kernel.KV_WIDTH], prices[kernel.RESHAPES]
+        no_mtp[kernel.KV], no_mtp[kernel.RESHAPES] = per_kv, reshape
         no_mtp[kernel.STEPS] = _robust_mean(off.wall - off.target)
-        no_mtp[_layout(n_max)[0]][1] = _robust_mean(off.target - per_token * off.past - reshape * off.reshapes)
+        no_mtp[_layout(n_max)[0]][1] = _robust_mean(off.target - per_kv * off.kv - reshape * off.reshapes)
         plain = [kernel.STEPS, kernel.TOKENS, kernel.N_SCALARS + 1]
         prices[kernel.OVER] = no_mtp[plain].sum() - prices[plain].sum()
         return prices, no_mtp
@@ -205,9 +208,9 @@ class _Steps:
         widths = _layout(n_max)[0]
         reshape = _step_up(self.target, self.reshapes, self.width)
         time = self.target - reshape * self.reshapes
-        level, slope = _slopes(self.past, time, self.width)
-        prices[kernel.RESHAPES], prices[kernel.PAST], prices[kernel.PAST_WIDTH] = reshape, level, slope
-        cells = _cells(time - self.past * (level + slope * self.width), self.width, n_max + 2)
+        level, slope = _slopes(self.kv, time, self.width)
+        prices[kernel.RESHAPES], prices[kernel.KV], prices[kernel.KV_WIDTH] = reshape, level, slope
+        cells = _cells(time - self.kv * (level + slope * self.width), self.width, n_max + 2)
         prices[widths] = self._complete(cells, None if before is None else before[widths], "target batches of width")
 
     def _price_drafting(self, prices: np.ndarray, n_max: int, before: np.ndarray | None) -> None:
@@ -218,13 +221,13 @@ class _Steps:
         short, more = rounds.take(rounds.rows <= edge), rounds.take(rounds.decodes > 1)
         changed = (short.rows != short.rows_before).astype(float)
         reshape = _step_up(short.first, changed, short.rows)
-        per_past = _slopes(short.past, short.first, short.rows)[0]
-        prices[kernel.DRAFT_RESHAPES], prices[kernel.PAST_DRAFT] = reshape, per_past
+        per_kv = _slopes(short.kv, short.first, short.rows)[0]
+        prices[kernel.DRAFT_RESHAPES], prices[kernel.KV_DRAFT] = reshape, per_kv
         if len(more.wall):
             each = (more.draft - more.first - reshape * (more.rows != 1)) / (more.decodes - 1)
-            prices[kernel.DRAFT_DECODES] = _robust_mean(each - per_past * more.past)
+            prices[kernel.DRAFT_DECODES] = _robust_mean(each - per_kv * more.kv)
         known = None if before is None else before[catchups] + before[kernel.DRAFT_DECODES]
-        time = short.first - per_past * short.past - reshape * changed
+        time = short.first - per_kv * short.kv - reshape * changed
         first = self._complete(_cells(time, short.rows, n_max + 2), known, "catch-ups of rows")
         prices[catchups] = first - prices[kernel.DRAFT_DECODES]
 
@@ -261,12 +264,12 @@ class _Steps:
         def price(index: int) -> np.ndarray:
             return np.where(on, prices[index], no_mtp[index])
 
-        time = price(kernel.STEPS) + price(kernel.TOKENS) * self.emitted + price(kernel.PAST) * self.past
-        time += price(kernel.PAST_WIDTH) * self.past * self.width + price(kernel.RESHAPES) * self.reshapes
+        time = price(kernel.STEPS) + price(kernel.TOKENS) * self.emitted + price(kernel.KV) * self.kv
+        time += price(kernel.KV_WIDTH) * self.kv * self.width + price(kernel.RESHAPES) * self.reshapes
         time += np.where(on, prices[widths][width], no_mtp[widths][width])
         short = prices[catchups][np.minimum(rows, n_max + 1)]
         long = prices[kernel.LONG_CATCHUPS] + prices[kernel.LONG_CATCHUP_ROWS] * rows
-        drafting = self.decodes * (prices[kernel.DRAFT_DECODES] + prices[kernel.PAST_DRAFT] * self.past)
+        drafting = self.decodes * (prices[kernel.DRAFT_DECODES] + prices[kernel.KV_DRAFT] * self.kv)
         changed = (rows != self.rows_before) + ((self.decodes > 1) & (rows != 1))
         drafting += prices[kernel.DRAFT_ROUNDS] + prices[kernel.DRAFT_RESHAPES] * changed
         return time + np.where(self.decodes > 0, drafting + np.where(rows <= n_max + 1, short, long), 0.0)
@@ -340,23 +343,23 @@ def _step_up(y: np.ndarray, flag: np.ndarray, keys: np.ndarray) -> float:
 
 
 def _slopes(x: np.ndarray, y: np.ndarray, keys: np.ndarray) -> tuple[float, float]:
-    """How ``y`` grows with ``x``, as ``a + b * key``; neither is negative.
+    """How ``y`` grows with ``x``, which has few values, as ``a + b * key``; neither is negative.
 
-    In each cell of equal ``key`` the slope is the difference of the medians of its upper and lower half in ``x``.
+    In each cell of equal ``key`` the slope is a line's through the robust mean at every value of ``x``.
     """
     found, weight = {}, {}
     for key in np.unique(keys):
         here = keys == key
-        if here.sum() < 4 * LEAST:
+        values, counts = np.unique(x[here], return_counts=True)
+        values, counts = values[counts >= LEAST], counts[counts >= LEAST]
+        if len(values) < 2:
             continue
-        order = np.argsort(x[here], kind="stable")
-        low, high = np.array_split(order, 2)
-        distance = x[here][high].mean() - x[here][low].mean()
-        if distance > 0:
-            rise = np.median(y[here][high]) - np.median(y[here][low])
-            # context cannot cost more than everything there is: a noisy cell must not drive its level below zero
-            found[key] = min(max(rise / distance, 0.0), 0.8 * np.median(y[here]) / max(x[here].mean(), 1.0))
-            weight[key] = here.sum() * distance
+        means = np.array([_robust_mean(y[here & (x == v)]) for v in values])
+        away = values - np.average(values, weights=counts)
+        weight[key] = float((counts * away**2).sum())
+        slope = float((counts * away * means).sum()) / weight[key]
+        # context cannot cost more than everything there is: a noisy cell must not drive its level below zero
+        found[key] = min(max(slope, 0.0), 0.8 * float((means / values).min()))
     if not found:
         return 0.0, 0.0
     key, slope, w = np.array(list(found)), np.array(list(found.values())), np.array(list(weight.values()))

@@ -23,9 +23,9 @@ DRAFT_ROUNDS = 5  # steps in which the drafter ran
 DRAFT_DECODES = 6  # of the MTP context
 TRIPS = 7  # times the policy went from drafting to not drafting
 INEXACT = 8  # steps whose outcome the trace does not determine
-PAST = 9  # tokens in memory, summed over steps
-PAST_WIDTH = 10  # the same times the batch width
-PAST_DRAFT = 11  # tokens in memory times MTP decodes
+KV = 9  # cells that the target's attention reads, summed over steps
+KV_WIDTH = 10  # the same times the batch width
+KV_DRAFT = 11  # the same cells times MTP decodes
 LONG_CATCHUPS = 12
 LONG_CATCHUP_ROWS = 13
 PROMPT_CATCHUPS = 14  # prompts caught up while they were read, because the policy drafts right after them
@@ -34,6 +34,19 @@ RESHAPES = 16  # target decodes of another width than the one before: llama.cpp 
 DRAFT_RESHAPES = 17  # the same for the MTP context
 OVER = 18  # steps after the policy's NEVER: the engine is as if without MTP
 N_SCALARS = 19
+KV_BLOCK = 256  # cells are read in whole blocks: llama.cpp, src/llama-kv-cache.cpp, get_n_kv
+
+
+def n_kv(n_tokens):
+    """Cells that attention reads with ``n_tokens`` in memory, those of the batch included."""
+    return (n_tokens + KV_BLOCK - 1) & -KV_BLOCK
+
+
+def n_kv_sum(n_tokens):
+    """Sum of :func:`n_kv` over 1 .. ``n_tokens``."""
+    blocks = n_tokens // KV_BLOCK
+    rest = n_tokens - blocks * KV_BLOCK
+    return KV_BLOCK * (KV_BLOCK * blocks * (blocks + 1) // 2 + rest * (blocks + 1))
 
 
 def n_counts(n_max):
@@ -68,8 +81,8 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
     drafted_before = -1  # of the target's last decode, and rows of the MTP context's; a prompt's, never equal
     rows_before = 0
     room = min(n_ctx - n_prompt - 1, max_tokens - 1)  # tokens generated before drafts stop fitting
-    accepted = emitted = trips = inexact = stopped = past_stopped = 0
-    past_all = past_drafted = long_catchups = long_rows = reshapes = draft_reshapes = 0
+    accepted = emitted = trips = inexact = stopped = kv_stopped = 0
+    kv_all = kv_drafted = long_catchups = long_rows = reshapes = draft_reshapes = 0
     while generated < n_generated:
         past = n_prompt + generated - 1
         now = Now(generated, past, max_tokens - generated, 1)
@@ -93,7 +106,7 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
                     drafted += 1
                 if drafted < n:  # one more was decoded to see that it is improbable
                     stopped += 1
-                    past_stopped += past
+                    kv_stopped += n_kv(past + 1)
                 inexact += blind and drafted <= known[position]
             accepted = min(drafted, int(match[np.uint64(position)]))
             inexact += drafted > known[np.uint64(position)]
@@ -114,8 +127,9 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
         counts[np.uint64(width_at + 1 + drafted)] += 1
         reshapes += drafted != drafted_before
         drafted_before = drafted
-        past_all += past
-        past_drafted += past * drafted
+        kv = n_kv(past + 1 + drafted)
+        kv_all += kv
+        kv_drafted += kv * drafted
         state = learn(params, state, now, Outcome(asked, drafted, accepted, emitted))
         generated += emitted
         behind += emitted
@@ -123,7 +137,7 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
     if over > 0:  # plain steps to the end
         trips += asked_before > 0
         reshapes += drafted_before != 0
-        past_all += over * (n_prompt + generated - 1) + over * (over - 1) // 2
+        kv_all += n_kv_sum(n_prompt + n_generated - 1) - n_kv_sum(n_prompt + generated - 1)
         counts[width_at + 1] += over
         accepted = 0
         emitted = 1
@@ -141,9 +155,9 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
     counts[DRAFT_DECODES] = drafted_all + stopped
     counts[TRIPS] = trips
     counts[INEXACT] = inexact
-    counts[PAST] = past_all
-    counts[PAST_WIDTH] = past_all + past_drafted
-    counts[PAST_DRAFT] = past_drafted + past_stopped
+    counts[KV] = kv_all
+    counts[KV_WIDTH] = kv_all + kv_drafted
+    counts[KV_DRAFT] = kv_drafted + kv_stopped
     counts[LONG_CATCHUPS] = long_catchups
     counts[LONG_CATCHUP_ROWS] = long_rows
     counts[RESHAPES] = reshapes

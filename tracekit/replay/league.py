@@ -101,12 +101,7 @@ class League:
         tokens = self.tokens.sum()
         return {
             "policy": policy.label,
-            "tokens_per_second": speed.value,
-            "tokens_per_second_low": speed.low,
-            "tokens_per_second_high": speed.high,
-            "speedup": gain.value,
-            "speedup_low": gain.low,
-            "speedup_high": gain.high,
+            **_columns(speed, gain),
             "verifications": verifications,
             "drafted": drafted,
             "accepted": accepted,
@@ -147,12 +142,7 @@ class League:
                 {
                     "category": category,
                     "n_requests": int(member.sum()),
-                    "tokens_per_second": speed.value,
-                    "tokens_per_second_low": speed.low,
-                    "tokens_per_second_high": speed.high,
-                    "speedup": gain.value,
-                    "speedup_low": gain.low,
-                    "speedup_high": gain.high,
+                    **_columns(speed, gain),
                     "acceptance_ratio": int(total[kernel.ACCEPTED]) / drafted if drafted else None,
                 }
             )
@@ -202,3 +192,12 @@ class League:
     def _drawn_us(self, known: np.ndarray, boot: np.ndarray, chosen: np.ndarray | slice) -> np.ndarray:
         """Total time of each draw's requests under that draw's cost model."""
         return ((self._drawn(chosen) @ known[chosen]) * boot).sum(1)
+
+
+def _columns(speed: Interval, gain: Interval) -> dict[str, float]:
+    """The six columns of a speed and a speed-up."""
+    return {
+        f"{name}{end}": value
+        for name, of in (("tokens_per_second", speed), ("speedup", gain))
+        for end, value in (("", of.value), ("_low", of.low), ("_high", of.high))
+    }

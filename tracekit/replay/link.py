@@ -49,6 +49,7 @@ def begin(params):
 def learn(params, state, now, seen):
     return _fix(_policy_learn(params, state, now, seen))
 
+n_kv, n_kv_sum = _njit(n_kv), _njit(n_kv_sum)
 walk = _njit(walk)
 price = _njit(price, fastmath=True)
 run = _njit(walk_all, cache=True, nogil=True)

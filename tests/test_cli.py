@@ -244,9 +244,9 @@ def test_verify_compares_prediction_and_measurement(models, tuned, prompts, tmp_
     speedups = {(c["arm"], c["category"]): c["measured_speedup"] for c in verdict["categories"]}
     assert len(speedups) == 5 * 3
     assert all(speedups["no MTP", category] == 1 for category in "abc")
-    text = tracekit("verify", *common, "--repeats", 1, "--plot", plot, "--also", "static:n_max=2,3")
+    text = tracekit("verify", *common, "--repeats", 1, "--plot", plot, "--also", "static:n_max=2,4")
     assert "ranking agreement" in text.stdout
-    assert "static:n_max=3" in text.stdout
+    assert "static:n_max=4" in text.stdout
     assert "c, n = 2" in text.stdout
     assert plot.read_text().startswith("<svg")
 
@@ -364,14 +364,27 @@ def test_output_respects_pipes_and_no_color(recorded):
 
 
 def test_demo_runs_the_whole_loop(tmp_path):
-    """`tracekit demo`, small: both heads, the table, advice, and the files it promises."""
+    """`tracekit demo`, small: both heads, the table, advice, and the files it promises; and it goes on where it
+    stopped.
+    """
     folder = tmp_path / "demo"
-    result = tracekit("demo", "-o", folder, "--layers", 8, "--prompts", 1, "--max-tokens", 20, "--repeats", 1)
+    options = ["-o", folder, "--layers", 8, "--prompts", 1, "--max-tokens", 20, "--repeats", 1]
+    result = tracekit("demo", *options)
     names = {p.name for p in folder.iterdir()}
-    assert names == {f"{h}.{e}" for h in ("aligned", "misaligned") for e in ("gguf", "duckdb", "toml")} | {
-        "verdict.png"
+    assert names == {f"{h}.{e}" for h in ("aligned", "misaligned") for e in ("gguf", "duckdb", "toml", "json")} | {
+        "plan.json",
+        "verdict.png",
     }
     for arm in ("no MTP", "naive n_max=8", "n_max=1", "fallback", "tuned"):
         assert result.stdout.count(arm) >= 2
     assert "Do not speculate" in result.stdout  # the misaligned head
     assert "not empty" in tracekit("demo", "-o", folder, code=2).stderr
+    assert "with these options" in tracekit("demo", "-o", folder, "--resume", code=2).stderr
+
+    before = {p.name: p.stat().st_mtime_ns for p in folder.glob("*aligned.*")}
+    (folder / "misaligned.json").unlink()
+    again = tracekit("demo", *options, "--resume")
+    assert "recording" not in again.stderr
+    assert again.stderr.count("verifying") == 1
+    changed = {name for name, at in before.items() if (folder / name).stat().st_mtime_ns != at}
+    assert changed == {"misaligned.json"}

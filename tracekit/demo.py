@@ -1,11 +1,15 @@
-"""The whole loop, once with an aligned and once with a misaligned drafter: build, record, tune, verify."""
+"""The whole loop, once with an aligned and once with a misaligned drafter: build, record, tune, verify.
+
+Every stage leaves a file, and a run that was stopped goes on with the first stage whose file is missing.
+"""
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import polars as pl
@@ -15,6 +19,7 @@ from tracekit.engine.record import record
 from tracekit.errors import TracekitError
 from tracekit.model.build import build
 from tracekit.model.prompt_sets import Prompt, load
+from tracekit.policy import file
 from tracekit.policy.file import PolicyFile
 from tracekit.replay.league import League
 from tracekit.trace.store import open_trace
@@ -24,22 +29,27 @@ from tracekit.verify import Verdict, standard_arms, verify
 
 N_MAX = 8
 
+Progress = Callable[[str], AbstractContextManager]
+
 
 @dataclass(frozen=True)
 class Plan:
-    """How the demo runs. ``layers`` of the expanded model; ``prompts`` per category to record (half as many, rounded
-    up, are held out for verifying), 0 for all that ship.
+    """What the demo runs. ``layers`` and ``width`` (0: as it is) of the expanded model; ``prompts`` per category to
+    record (half as many, rounded up, are held out for verifying), 0 for all that ship.
+
+    ``dtype`` ``f32`` computes in float32 throughout, so that rounding does not depend on the width of a batch and
+    tokens can be compared; ``f16`` is what one would serve.
     """
 
-    folder: Path
     layers: int
+    width: int
+    dtype: str
     max_tokens: int
     temp: float
     repeats: int
     prompts: int
     seed: int
     threads: int
-    force: bool
 
 
 @dataclass(frozen=True)
@@ -64,51 +74,83 @@ class Story:
         return pl.concat([h.verdict.arms.select(pl.lit(f"{h.name} head").alias("head"), pl.all()) for h in self.heads])
 
 
-def run(plan: Plan, say: Callable[[str], None], progress: Callable[[str], AbstractContextManager]) -> Story:
-    """The demo. ``say(line)`` and ``progress(what)`` (a context manager that yields ``update(done, total)``) keep a
-    person informed.
+def run(
+    plan: Plan, folder: Path, say: Callable[[str], None], progress: Progress, force: bool = False, resume: bool = False
+) -> Story:
+    """The demo in ``folder``. ``say(line)`` and ``progress(what)`` (a context manager that yields ``update(done,
+    total)``) keep a person informed.
+
+    Raises :class:`TracekitError` for a folder in use: ``force`` starts again there, ``resume`` goes on.
     """
-    if plan.folder.exists() and any(plan.folder.iterdir()) and not plan.force:
-        raise TracekitError(f"{plan.folder}: not empty; choose another folder with -o or give --force")
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    heads, files = [], []
+    _open(folder, plan, force, resume)
+    heads = [_head(plan, folder, name, say, progress) for name in ("aligned", "misaligned")]
+    endings = ("duckdb", "toml", "json")
+    return Story(heads, [folder / f"{h.name}.{ending}" for h in heads for ending in endings])
+
+
+def _open(folder: Path, plan: Plan, force: bool, resume: bool) -> None:
+    """Make ``folder`` ready: empty, emptied of an earlier demo's files, or as an earlier demo of this plan left it."""
+    path = folder / "plan.json"
+    if folder.exists() and any(folder.iterdir()) and not force:
+        if not resume:
+            raise TracekitError(
+                f"{folder}: not empty; choose another folder with -o, go on with --resume, or give --force"
+            )
+        if not path.is_file() or json.loads(path.read_text()) != asdict(plan):
+            raise TracekitError(f"{folder}: not of a demo with these options; give those it began with, or --force")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     for name in ("aligned", "misaligned"):
-        model = plan.folder / f"{name}.gguf"
-        say(
-            f"[{name}] building the reference model with {plan.layers} layers: the same function at a bigger "
-            "model's cost"
-        )
+        for ending in ("gguf", "duckdb", "duckdb.wal", "toml", "json"):
+            (folder / f"{name}.{ending}").unlink(missing_ok=True)
+    path.write_text(json.dumps(asdict(plan), indent=2) + "\n")
+
+
+def _head(plan: Plan, folder: Path, name: str, say: Callable[[str], None], progress: Progress) -> Head:
+    """Every stage for one drafter, those left out whose file is there."""
+    model, trace, policy, result = (folder / f"{name}.{ending}" for ending in ("gguf", "duckdb", "toml", "json"))
+    if not model.exists():
+        say(f"[{name}] building the reference model, expanded: the same function at a bigger model's cost")
         with progress("tensors") as update:
             build(
-                model, layers=plan.layers, misaligned=name == "misaligned", dtype="f32", force=plan.force,
-                progress=update,
+                model, layers=plan.layers, width=plan.width or None, misaligned=name == "misaligned",
+                dtype=plan.dtype, progress=update,
             )  # fmt: skip  # what is built, then how
-        trace, policy = plan.folder / f"{name}.duckdb", plan.folder / f"{name}.toml"
+    if not _complete(trace):
         say(
-            f"[{name}] recording: {N_MAX} drafts at every position of {len(_some('tune', plan))} prompts, and "
-            "the baselines"
+            f"[{name}] recording: {N_MAX} drafts at every position of {len(_some('tune', plan))} prompts, and baselines"
         )
         _record(plan, model, trace, progress)
+    if not policy.exists():
         say(f"[{name}] tuning on the trace")
-        league = League.of(open_trace(trace))
         with progress("policies") as update:
-            tuned = tune(league, default_space(), seed=plan.seed, progress=update)
-        tuned.save(policy)
-        say(f"[{name}] {tuned.evidence.advice}")
+            tune(League.of(open_trace(trace)), default_space(), seed=plan.seed, progress=update).save(policy)
+    tuned = file.read(policy)
+    say(f"[{name}] {tuned.evidence.advice}")
+    if not result.exists():
         say(f"[{name}] verifying on held-out prompts: predicted against live, {plan.repeats} interleaved repeats")
         with progress("runs") as update:
             verdict = verify(
                 model, standard_arms(tuned.policy, N_MAX), _requests("heldout", plan), _settings(plan),
                 repeats=plan.repeats, seed=plan.seed, progress=update,
             )  # fmt: skip  # what is run, then how
-        heads.append(Head(name, tuned, verdict))
-        files += [trace, policy]
-    return Story(heads, files)
+        verdict.save(result)
+    return Head(name, tuned, Verdict.load(result))
+
+
+def _complete(trace: Path) -> bool:
+    """Whether ``trace`` was recorded to its end; one that was cut off is kept under another name."""
+    if not trace.exists():
+        return False
+    if open_trace(trace).runs["wall_us"].is_not_null().all():
+        return True
+    trace.rename(trace.with_stem(f"{trace.stem}-cut-off"))
+    return False
 
 
 def _settings(plan: Plan) -> Settings:
-    """In float32 throughout, so that rounding does not depend on the width of a batch and tokens can be compared."""
-    return Settings(n_max=N_MAX, threads=plan.threads, cache_type_k="f32", cache_type_v="f32", flash_attn="off")
+    exact = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off"} if plan.dtype == "f32" else {}
+    return Settings(n_max=N_MAX, threads=plan.threads, **exact)
 
 
 def _some(name: str, plan: Plan) -> list[Prompt]:
@@ -129,10 +171,9 @@ def _requests(name: str, plan: Plan) -> list[Request]:
     ]
 
 
-def _record(plan: Plan, model: Path, trace: Path, progress: Callable[[str], AbstractContextManager]) -> None:
-    settings = _settings(plan)
+def _record(plan: Plan, model: Path, trace: Path, progress: Progress) -> None:
     with (
-        Engine(model, None, settings, trace=trace, probe=Probe(N_MAX, plan.seed), force=plan.force) as engine,
+        Engine(model, None, _settings(plan), trace=trace, probe=Probe(N_MAX, plan.seed)) as engine,
         progress("tokens") as update,
     ):
         record(engine, _requests("tune", plan), baseline=True, progress=update)

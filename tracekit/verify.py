@@ -6,11 +6,13 @@ that drifts drifts for prediction and measurement alike. Replaying the probes pr
 
 from __future__ import annotations
 
+import json
 import random
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -57,6 +59,31 @@ class Verdict:
     ranking_tau: float
     repeats: int
     n_tokens: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values of everything above."""
+        return {
+            "arms": self.arms.to_dicts(),
+            "categories": self.categories.to_dicts(),
+            "median_error_ratio": self.median_error_ratio,
+            "ranking_tau": self.ranking_tau,
+            "lossless": self.lossless,
+            "repeats": self.repeats,
+            "n_tokens": self.n_tokens,
+        }
+
+    def save(self, path: Path) -> None:
+        """Write :meth:`as_json` to ``path``, complete or not at all."""
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(self.as_json(), indent=2) + "\n")
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Verdict:
+        """What :meth:`save` wrote."""
+        content = json.loads(path.read_text())
+        arms, categories = pl.DataFrame(content["arms"]), pl.DataFrame(content["categories"])
+        return cls(arms, categories, content["ranking_tau"], content["repeats"], content["n_tokens"])
 
     @property
     def median_error_ratio(self) -> float:

@@ -16,6 +16,8 @@ def demo(
         typer.Option("-o", "--output", metavar="FOLDER", help="Where models, traces, policies and the picture go."),
     ] = Path("demo"),
     layers: Annotated[int, typer.Option("--layers", help="Trunk layers of the expanded reference model.")] = 36,
+    width: Annotated[int, typer.Option("--width", help="Its channels: 256, 1024, 4096; 0: as it is.")] = 0,
+    dtype: Annotated[str, typer.Option("--type", help="f32: exact at every batch width; f16: as one serves.")] = "f32",
     max_tokens: options.MaxTokens = 96,
     temp: options.Temp = 0.8,
     repeats: Annotated[int, typer.Option("--repeats", help="Live runs of every held-out prompt under every arm.")] = 2,
@@ -24,20 +26,21 @@ def demo(
     ] = 5,
     seed: options.Seed = 0,
     threads: options.Threads = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a demo with the same options stopped.")] = False,
     force: options.Force = False,
 ) -> None:
     """Record, replay, tune, apply and verify on the reference model: should it speculate, how, and how sure are we?"""
     from tracekit.demo import Plan, run
     from tracekit.report import pictures, tables
 
-    plan = Plan(output, layers, max_tokens, temp, repeats, prompts_per_category, seed, threads, force)
-    story = run(plan, out.say, out.progress)
+    plan = Plan(layers, width, dtype, max_tokens, temp, repeats, prompts_per_category, seed, threads)
+    story = run(plan, output, out.say, out.progress, force, resume)
     for head in story.heads:
         out.print_table(tables.verdict_table(head.verdict, title=f"{head.name} head"))
         out.print_table(tables.categories_table(head.verdict))
         print(head.verdict.sentence)
         print(head.tuned.evidence.advice)
         print()
-    out.wrote(pictures.save(pictures.verdict_chart(story.frame), output / "verdict.png"))
     for path in story.files:
         out.wrote(path)
+    out.wrote(pictures.save(pictures.verdict_chart(story.frame), output / "verdict.png"))

@@ -18,7 +18,7 @@ def print_table(table: Table) -> None:
     """Print a table; to a pipe, as wide as it needs to be."""
     from rich.console import Console
 
-    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console = Console() if sys.stdout.isatty() else Console(width=1000)
     console.print(table)
 
 

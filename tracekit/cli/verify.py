@@ -94,17 +94,7 @@ def verify(
             draft_model, repeats, cost, seed, update,
         )  # fmt: skip  # what is run, then how
     if json:
-        out.print_json(
-            {
-                "arms": verdict.arms.to_dicts(),
-                "categories": verdict.categories.to_dicts(),
-                "median_error_ratio": verdict.median_error_ratio,
-                "ranking_tau": verdict.ranking_tau,
-                "lossless": verdict.lossless,
-                "repeats": verdict.repeats,
-                "n_tokens": verdict.n_tokens,
-            }
-        )
+        out.print_json(verdict.as_json())
     else:
         out.print_table(tables.verdict_table(verdict))
         out.print_table(tables.categories_table(verdict))

@@ -1,4 +1,4 @@
-"""Recording: rows go into a queue on the generating thread and to disk, every 0.8 s, on another.
+"""Recording: rows go into a queue on the generating thread and to disk, every 0.9 s, on another.
 
 Recording never stops generation. When the disk is full or the file breaks, one message says so, and what follows is
 not recorded.
@@ -29,7 +29,7 @@ class Recorder:
     seconds between commits.
     """
 
-    def __init__(self, path: str | Path, run: Mapping[str, Any], force: bool = False, interval_s: float = 0.8):
+    def __init__(self, path: str | Path, run: Mapping[str, Any], force: bool = False, interval_s: float = 0.9):
         self.run = run["run"]
         self.path = Path(path)
         self.failed = ""

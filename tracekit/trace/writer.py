@@ -53,6 +53,7 @@ class TraceWriter:
         try:
             self._con = duckdb.connect(str(self.path), config={"threads": 1})  # the cores are the engine's
             self._con.execute(schema.TABLES + schema.VIEWS)
+            self._con.execute("PRAGMA disable_optimizer")  # a plain insert has nothing to optimise
         except duckdb.Error as error:
             raise TracekitError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from None
 

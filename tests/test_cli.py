@@ -382,6 +382,8 @@ def test_demo_runs_the_whole_loop(tmp_path):
     assert "with these options" in tracekit("demo", "-o", folder, "--resume", code=2).stderr
 
     before = {p.name: p.stat().st_mtime_ns for p in folder.glob("*aligned.*")}
+    (folder / "misaligned.json").write_text("[]")
+    assert "not a verdict" in tracekit("demo", *options, "--resume", code=2).stderr
     (folder / "misaligned.json").unlink()
     again = tracekit("demo", *options, "--resume")
     assert "recording" not in again.stderr

@@ -96,14 +96,18 @@ def _open(folder: Path, plan: Plan, force: bool, resume: bool) -> None:
             raise TracekitError(
                 f"{folder}: not empty; choose another folder with -o, go on with --resume, or give --force"
             )
-        if not path.is_file() or json.loads(path.read_text()) != asdict(plan):
+        if not path.is_file() or path.read_text() != _text(plan):
             raise TracekitError(f"{folder}: not of a demo with these options; give those it began with, or --force")
         return
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("aligned", "misaligned"):
         for ending in ("gguf", "duckdb", "duckdb.wal", "toml", "json"):
             (folder / f"{name}.{ending}").unlink(missing_ok=True)
-    path.write_text(json.dumps(asdict(plan), indent=2) + "\n")
+    path.write_text(_text(plan))
+
+
+def _text(plan: Plan) -> str:
+    return json.dumps(asdict(plan), indent=2) + "\n"
 
 
 def _head(plan: Plan, folder: Path, name: str, say: Callable[[str], None], progress: Progress) -> Head:

@@ -20,6 +20,7 @@ from scipy.stats import kendalltau
 
 from tracekit.engine import Completion, Engine, Probe, Request, Settings
 from tracekit.engine.record import record
+from tracekit.errors import TracekitError
 from tracekit.policy.rule import Policy, rule
 from tracekit.replay.costs import CostModel
 from tracekit.replay.league import League
@@ -80,10 +81,13 @@ class Verdict:
 
     @classmethod
     def load(cls, path: Path) -> Verdict:
-        """What :meth:`save` wrote."""
-        content = json.loads(path.read_text())
-        arms, categories = pl.DataFrame(content["arms"]), pl.DataFrame(content["categories"])
-        return cls(arms, categories, content["ranking_tau"], content["repeats"], content["n_tokens"])
+        """What :meth:`save` wrote. Raises :class:`TracekitError` for another file."""
+        try:
+            content = json.loads(path.read_text())
+            arms, categories = pl.DataFrame(content["arms"]), pl.DataFrame(content["categories"])
+            return cls(arms, categories, content["ranking_tau"], content["repeats"], content["n_tokens"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise TracekitError(f"{path}: not a verdict ({error!r}); remove it to verify again") from None
 
     @property
     def median_error_ratio(self) -> float:

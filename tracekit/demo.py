@@ -16,6 +16,7 @@ import polars as pl
 
 from tracekit.engine import Engine, Probe, Request, Sampling, Settings
 from tracekit.engine.record import record
+from tracekit.engine.recorder import free_path
 from tracekit.errors import TracekitError
 from tracekit.model.build import build
 from tracekit.model.prompt_sets import Prompt, load
@@ -148,7 +149,10 @@ def _complete(trace: Path) -> bool:
         return False
     if open_trace(trace).runs["wall_us"].is_not_null().all():
         return True
-    trace.rename(trace.with_stem(f"{trace.stem}-cut-off"))
+    kept, log = free_path(str(trace.with_stem(f"{trace.stem}-cut-off"))), trace.with_name(trace.name + ".wal")
+    if log.exists():  # DuckDB's own log holds what was not yet written back
+        log.rename(kept.with_name(kept.name + ".wal"))
+    trace.rename(kept)
     return False
 
 

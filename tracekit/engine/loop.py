@@ -177,11 +177,9 @@ class Loop:
     def _decide(self, slot: Slot, n_active: int) -> Ask | None:
         """Ask the slot's policy; an :class:`Ask` where it wants drafts and there is room for them."""
         asked, p_min, policy = 0, 0.0, slot.policy
-        if slot.over:
-            asked = 0
-        elif self.probe:
+        if self.probe and not slot.over:
             asked = self.probe.n_max
-        else:
+        elif not slot.over:
             if slot.shares:
                 slot.state = self._shared[policy]
             generated = len(slot.tokens) - slot.n_prompt

@@ -17,7 +17,16 @@ from tracekit.errors import EngineMissing
 PINNED = "0.3.36"
 _INSTALL = "pip install 'tracekit[engine]'"
 _NEEDED_EXT = ("llama_set_embeddings_nextn", "llama_get_embeddings_nextn")
-_NEEDED = ("llama_model_n_layer_nextn", "llama_memory_seq_rm", "llama_sampler_sample", "LLAMA_CONTEXT_TYPE_MTP")
+_NEEDED = (
+    "llama_model_n_layer_nextn",
+    "llama_memory_seq_rm",
+    "llama_sampler_sample",
+    "llama_sampler_copy",
+    "llama_set_sampler",
+    "llama_get_sampled_candidates_ith",
+    "llama_get_sampled_logits_ith",
+    "LLAMA_CONTEXT_TYPE_MTP",
+)
 
 log = logging.getLogger("tracekit.llama_cpp")
 _recent: deque[str] = deque(maxlen=200)
@@ -60,14 +69,16 @@ llama.llama_log_set(_on_log, ctypes.c_void_p(0))
 llama.llama_backend_init()
 
 
-def _address_of(bound):
+def _address_of(bound, *more):
     """The function behind a ctypes binding, returning a plain address: no pointer object per call on the hot path."""
-    prototype = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
+    prototype = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, *more)
     return prototype(ctypes.cast(bound, ctypes.c_void_p).value)
 
 
 logits_address = _address_of(llama.llama_get_logits)
 hidden_address = _address_of(ext.llama_get_embeddings_nextn)
+sampled_logits_address = _address_of(llama.llama_get_sampled_logits_ith, ctypes.c_int32)  # of a batch row
+sampled_candidates_address = _address_of(llama.llama_get_sampled_candidates_ith, ctypes.c_int32)
 
 
 def last_error(since: str = "") -> str:
@@ -88,6 +99,13 @@ def _ggml() -> ctypes.CDLL:
     folder = Path(llama.__file__).parent / "lib"
     path = next((p for p in (folder / f"libggml.{s}" for s in ("so", "dylib")) if p.exists()), None)
     return ctypes.CDLL(str(path)) if path else llama._lib
+
+
+def has_gpu() -> bool:
+    """Whether ggml can compute on a GPU here, discrete or integrated."""
+    by_type = _ggml().ggml_backend_dev_by_type
+    by_type.argtypes, by_type.restype = [ctypes.c_int], ctypes.c_void_p
+    return any(by_type(kind) for kind in (1, 2))  # GGML_BACKEND_DEVICE_TYPE_GPU, _IGPU
 
 
 def devices() -> list[tuple[str, str, int]]:

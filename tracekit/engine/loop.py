@@ -15,8 +15,9 @@ from typing import Protocol
 from tracekit.engine.context import Batch, Context
 from tracekit.engine.drafter import Ask, Drafter
 from tracekit.engine.model import Model
-from tracekit.engine.probe import Probe, choices_of
+from tracekit.engine.probe import Probe
 from tracekit.engine.rollback import Rollback
+from tracekit.engine.sampling import BackendSampling
 from tracekit.engine.settings import Settings
 from tracekit.engine.slot import Completion, Slot
 from tracekit.errors import TracekitError
@@ -55,6 +56,7 @@ class Loop:
         self._extracting = False
         self.observer: Observer | None = None
         self.probe: Probe | None = None
+        self.backend_sampling: BackendSampling | None = None
         self.queue: deque[Slot] = deque()
         self.slots: list[Slot | None] = [None] * settings.n_slots
         self._model = model
@@ -130,6 +132,8 @@ class Loop:
             slot.started_ns = perf_counter_ns()
             slot.state = self._state(slot.policy)
             self.target.remove(i, 0)
+            if self.backend_sampling is not None:
+                self.backend_sampling.place(slot.sampler, i)
             slot.over = not self.mtp
             if self.mtp:
                 self.drafter.begin(i)
@@ -318,9 +322,8 @@ class Loop:
                 tokens=slot.tokens[-emitted:],
             )
             if self.probe and self.mtp:
-                first = sum(self._batch.logits[: slot.first_row]) + 1
                 greedy = slot.request.sampling.temp == 0 and drafted
-                choices = choices_of(self.target.logits()[first : first + drafted]) if greedy else []
+                choices = slot.sampler.choices(self.target, slot.first_row + 1, drafted) if greedy else []
                 rows += self.probe.settle(row, choices, slot.tokens[slot.n_prompt :], bool(slot.stop))
             else:
                 rows.append(row)

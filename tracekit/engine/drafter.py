@@ -252,8 +252,8 @@ def _best(ids: np.ndarray, logits: np.ndarray) -> int:
 
 
 def _likely(ask: Ask, logits: np.ndarray) -> bool:
-    """Measure the probability of the most likely token of ``logits`` (of the vocabulary, or its ten best, in any order);
-    whether it reaches the ask's ``p_min``.
+    """Measure the probability of the most likely token of ``logits``, of the vocabulary or of its ten best in any
+    order; whether it reaches the ask's ``p_min``.
     """
     best = logits if len(logits) <= TOP else np.partition(logits, -TOP)[-TOP:]
     best = np.sort(best)  # one order, so that rounding does not tell where the ten were found

@@ -95,9 +95,7 @@ class Engine:
             log.warning("the device does not run the target's samplers; its logits are copied, the processor samples")
             found = None
         drafts = getattr(self._drafter, "backend_sampling", False)
-        self.settings = replace(
-            self.settings, backend_sampling=found is not None, spec_draft_backend_sampling=drafts
-        )
+        self.settings = replace(self.settings, backend_sampling=found is not None, spec_draft_backend_sampling=drafts)
         return found
 
     def _make_drafter(self, draft_model: str | Path | None) -> Drafter:

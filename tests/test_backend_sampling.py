@@ -53,7 +53,7 @@ def recorded(path: Path) -> dict[str, bool]:
 def test_nothing_depends_on_where_tokens_are_chosen(start, n_slots):
     """Greedy and sampled, every policy drafts, accepts and generates the same with each setting, on 1 and 2 slots."""
     policies = [parse_one(p) for p in ("static:n_max=6", "fallback:n_max=4,p_min=0.5")]
-    wanted = [replace(r, policy=p) for p in policies for temp in (0.0, 0.8) for r in requests(temp, 24)]
+    wanted = [replace(r, policy=p) for p in policies for temp in (0.0, 0.8) for r in requests(temp, 16)]
     found = {}
     for arm in ARMS:
         with start(arm, n_slots) as engine:
@@ -71,7 +71,7 @@ def test_probes_agree_to_the_last_bit(start, tmp_path):
     for arm in ARMS:
         probe = Probe(N_MAX, seed=3)
         with start(arm, 2, trace=tmp_path / f"{arm}.duckdb", probe=probe) as engine:
-            list(engine.run(requests(0.0, 24)))
+            list(engine.run(requests(0.0, 20)))
             assert engine.recorder.failed == ""
         trace = open_trace(tmp_path / f"{arm}.duckdb")
         traces[arm] = trace.frame(f"SELECT request, {COLUMNS} FROM verifications ORDER BY request, n_generated")
@@ -91,7 +91,8 @@ def test_sampling_alike_or_not(start):
         Sampling(temp=0.8, seed=2),
         Sampling(),
         Sampling(temp=1.2, top_p=1.0, seed=3),
-        Sampling(temp=1.2, top_k=0, min_p=0.0, seed=3),
+        Sampling(temp=1.2, top_k=0, seed=3),
+        Sampling(temp=1.2, min_p=0.0, seed=3),
         Sampling(temp=1.2, top_k=5, seed=3),
         Sampling(),
         Sampling(temp=0.8, seed=1),
@@ -103,7 +104,7 @@ def test_sampling_alike_or_not(start):
         with start(arm) as engine:
             texts[arm] = [d.tokens for d in engine.run(wanted)]
     assert texts["both"] == texts["host"]
-    assert texts["both"][0] == texts["both"][7] != texts["both"][1]
+    assert texts["both"][0] == texts["both"][-1] != texts["both"][1]
 
 
 def test_logits_stay_on_the_device(start):

@@ -11,8 +11,6 @@ from tracekit.engine.lib import ext, llama
 from tracekit.engine.model import Model
 from tracekit.errors import TracekitError
 
-_decode, _synchronize = llama.llama_decode, llama.llama_synchronize
-
 
 class Batch:
     """Rows for one ``llama_decode``: token, position, sequence, whether logits are wanted, and, for MTP, an embedding.
@@ -99,7 +97,7 @@ class Context:
             raise TracekitError(
                 f"{model.path}: no context of {n_seq} x {n_ctx} tokens ({lib.last_error('no reason given')})"
             )
-        self.memory = llama.llama_get_memory(self.handle)
+        self._memory = ctypes.cast(llama.llama_get_memory(self.handle), ctypes.c_void_p)
         self.n_ctx = llama.llama_n_ctx_seq(self.handle)
         self.n_batch = n_batch
         self._n_embd, self.n_vocab = model.facts.n_embd, model.facts.n_vocab
@@ -109,11 +107,11 @@ class Context:
 
     def decode(self, batch: Batch) -> None:
         """Run ``batch`` and wait for it. Raises :class:`TracekitError` where llama.cpp fails."""
-        code = _decode(self.handle, batch.raw())
+        code = lib.decode(self._raw, batch.raw())
         if code:
             reason = lib.last_error("no reason given")
             raise TracekitError(f"llama_decode returned {code} for {batch.n} tokens ({reason})")
-        _synchronize(self.handle)
+        lib.synchronize(self._raw)
 
     def extract_hidden(self, enabled: bool) -> None:
         """Have every later decode leave the hidden state of every batch row (not only of those with logits) for
@@ -179,7 +177,7 @@ class Context:
         """Take every token of ``seq`` at ``from_pos`` and later out of the memory; False where the memory cannot do
         it.
         """
-        return llama.llama_memory_seq_rm(self.memory, seq, from_pos, -1)
+        return lib.memory_remove(self._memory, seq, from_pos, -1)
 
     def close(self) -> None:
         """Free the context."""

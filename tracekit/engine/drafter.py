@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from math import exp
 from time import perf_counter_ns
 from typing import Protocol
 
@@ -15,6 +16,8 @@ import numpy as np
 
 from tracekit.engine.context import Batch, Context
 from tracekit.engine.sampling import TOP, draft_chain
+
+_PARTS = 256
 
 log = logging.getLogger("tracekit.engine")
 
@@ -251,13 +254,25 @@ def _best(ids: np.ndarray, logits: np.ndarray) -> int:
     return int(ids[logits == logits.max()].min())
 
 
+def _largest(logits: np.ndarray) -> list[float]:
+    """The ten largest logits, ascending. Each of 256 interleaved parts has a largest one, and the tenth of these is a
+    bound that only few values reach: a sixth of the time of a partition for large vocabularies.
+    """
+    n = len(logits)
+    if n >= 2 * _PARTS:
+        largest = logits[: n - n % _PARTS].reshape(-1, _PARTS).max(0)
+        largest.partition(_PARTS - TOP)
+        logits = logits[logits >= largest[_PARTS - TOP]]
+    return np.sort(logits)[-TOP:].tolist()
+
+
 def _likely(ask: Ask, logits: np.ndarray) -> bool:
     """Measure the probability of the most likely token of ``logits``, of the vocabulary or of its ten best in any
     order; whether it reaches the ask's ``p_min``.
     """
-    best = logits if len(logits) <= TOP else np.partition(logits, -TOP)[-TOP:]
-    best = np.sort(best)  # one order, so that rounding does not tell where the ten were found
-    p = 1.0 / float(np.exp(best - best[-1]).sum())
+    best = _largest(logits)
+    top = best[-1]
+    p = 1.0 / sum([exp(logit - top) for logit in best])
     ask.probs.append(p)
     if p < ask.p_min:
         ask.stop = "p_min"

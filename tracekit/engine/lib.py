@@ -69,16 +69,22 @@ llama.llama_log_set(_on_log, ctypes.c_void_p(0))
 llama.llama_backend_init()
 
 
-def _address_of(bound, *more):
-    """The function behind a ctypes binding, returning a plain address: no pointer object per call on the hot path."""
-    prototype = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, *more)
+def _plain(bound, result, *arguments):
+    """The function behind a ctypes binding of one with a handle first, taking and returning plain addresses: no pointer
+    object per call on the hot path.
+    """
+    prototype = ctypes.CFUNCTYPE(result, ctypes.c_void_p, *arguments)
     return prototype(ctypes.cast(bound, ctypes.c_void_p).value)
 
 
-logits_address = _address_of(llama.llama_get_logits)
-hidden_address = _address_of(ext.llama_get_embeddings_nextn)
-sampled_logits_address = _address_of(llama.llama_get_sampled_logits_ith, ctypes.c_int32)  # of a batch row
-sampled_candidates_address = _address_of(llama.llama_get_sampled_candidates_ith, ctypes.c_int32)
+_int = ctypes.c_int32
+decode = _plain(llama.llama_decode, _int, llama.llama_batch)
+synchronize = _plain(llama.llama_synchronize, None)
+memory_remove = _plain(llama.llama_memory_seq_rm, ctypes.c_bool, _int, _int, _int)
+logits_address = _plain(llama.llama_get_logits, ctypes.c_void_p)
+hidden_address = _plain(ext.llama_get_embeddings_nextn, ctypes.c_void_p)
+sampled_logits_address = _plain(llama.llama_get_sampled_logits_ith, ctypes.c_void_p, _int)  # of a batch row
+sampled_candidates_address = _plain(llama.llama_get_sampled_candidates_ith, ctypes.c_void_p, _int)
 
 
 def last_error(since: str = "") -> str:

@@ -19,6 +19,8 @@ from tracekit.errors import TracekitError
 
 TOP = 10  # llama.cpp's draft sampler is top-k 10, and the draft probability a soft-max over those ten
 
+MOST = 100  # candidates that a device may draw from
+
 log = logging.getLogger("tracekit.engine")
 
 
@@ -99,12 +101,13 @@ class BackendSampling:
     def place(self, sampler: Sampler, seq: int) -> None:
         """Have the device sample for the request that slot ``seq`` begins to serve.
 
-        With ``top_p`` 1 nothing sorts the candidates there, and their order decides which of them a seed draws: such a
-        request is left to the processor, and so is one whose chain the device refuses.
+        Left to the processor are requests whose seed would draw other tokens there (without ``top_p`` nothing sorts
+        the candidates; sums of many, without ``top_k``, round too much in float32: one of 120 texts of 128 tokens
+        differed), and chains that the device refuses.
         """
         s = replace(sampler.sampling, seed=0)
         if self._on_device[seq] is None or self._on_device[seq][0] != s:
-            if s.temp > 0 and s.top_p == 1:
+            if s.temp > 0 and (s.top_p == 1 or not 0 < s.top_k <= MOST):
                 self._context.set_sampler(seq, None)
                 self._on_device[seq] = None
             elif not self._attach(seq, s):

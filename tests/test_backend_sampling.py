@@ -77,7 +77,7 @@ def test_probes_agree_to_the_last_bit(start, tmp_path):
         traces[arm] = trace.frame(f"SELECT request, {COLUMNS} FROM verifications ORDER BY request, n_generated")
         counts[arm] = probe.n_checked, probe.n_diverged
         assert dict.fromkeys(ARMS["both"], False) | ARMS[arm] == recorded(tmp_path / f"{arm}.duckdb")
-    assert traces["host"]["draft_probs"].explode().len() > 500
+    assert traces["host"]["draft_probs"].explode().len() > 300
     assert counts["host"][0] > 50
     for arm in ARMS:
         assert traces[arm].equals(traces["host"]), arm

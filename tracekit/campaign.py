@@ -18,8 +18,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tracekit.engine import Engine, Probe, Request, Settings
-from tracekit.engine.calibrate import calibrate
+from tracekit.engine import Engine, Request, Settings
+from tracekit.engine import calibrate as surface
 from tracekit.engine.doctor import demand_gpu, examine, surroundings
 from tracekit.engine.record import record
 from tracekit.errors import TracekitError
@@ -49,12 +49,13 @@ class Size(_Strict):
 
 
 class Surface(_Strict):
-    """What is calibrated: drafts of up to ``n_max``, on so many active slots, with so many tokens in each."""
+    """What is calibrated (:class:`tracekit.engine.calibrate.Plan`)."""
 
     n_max: int
     slots: tuple[int, ...]
     contexts: tuple[int, ...]
     steps: int
+    blocks: int
 
 
 class Live(_Strict):
@@ -190,18 +191,19 @@ class Campaign:
         return finding
 
     def _calibrate(self, size: Size, model: Path) -> None:
-        path, surface = self.folder / f"{size.name}-calibration.duckdb", self.plan.calibrate
+        path = self.folder / f"{size.name}-calibration.duckdb"
         if complete(path):
             return
         self._may_go_on()
-        self.tell.say(f"[{size.name}] calibrating: {len(surface.slots)} x {len(surface.contexts)} slots x contexts")
-        slots, context = max(surface.slots), max(surface.contexts)
-        settings = self._settings(
-            size, n_slots=slots, n_max=surface.n_max, n_ctx=context + 4 * surface.steps * (surface.n_max + 1)
+        plan = surface.Plan(**self.plan.calibrate.model_dump())
+        self.tell.say(
+            f"[{size.name}] calibrating: slots {plan.slots}, contexts {plan.contexts}, up to {plan.n_max} drafts"
         )
-        probe = Probe(surface.n_max, self.plan.seed)
-        with Engine(model, None, settings, trace=path, probe=probe) as engine, self.tell.progress("steps") as update:
-            calibrate(engine, surface.slots, surface.contexts, surface.steps, self.plan.seed, update)
+        base = self._settings(size)
+        settings = replace(base, n_slots=plan.slots[-1], n_max=plan.n_max, n_ctx=plan.n_ctx(base.n_batch))
+        sweep = surface.Sweep(plan.n_max, self.plan.seed)
+        with Engine(model, None, settings, trace=path, probe=sweep) as engine, self.tell.progress("decodes") as update:
+            surface.calibrate(engine, sweep, plan, progress=update)
         self._weigh(path)
 
     def _record(self, size: Size, live: Live, model: Path, sidecar: Path | None) -> None:

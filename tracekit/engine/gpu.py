@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-
-class GpuReading(NamedTuple):
-    """What one GPU was doing when it was asked."""
-
-    gpu: int
-    sm_clock_mhz: int
-    mem_clock_mhz: int
-    power_w: float
-    temperature_c: int
-    utilization_ratio: float
-    memory_used_bytes: int
+from tracekit.trace.rows import GpuReading
 
 
 def _nvml():
@@ -88,11 +78,8 @@ class GpuSensors:
         count = self._nvml.nvmlDeviceGetCount() if self._nvml else 0
         self._handles = [self._nvml.nvmlDeviceGetHandleByIndex(i) for i in range(count)]
 
-    def __len__(self) -> int:
-        return len(self._handles)
-
-    def __call__(self) -> list[GpuReading]:
-        """One reading per GPU, -1 for what a GPU does not tell."""
+    def __call__(self, run: int, t_us: int) -> list[GpuReading]:
+        """One row per GPU, for ``run`` at ``t_us``."""
         nvml, readings = self._nvml, []
         for i, gpu in enumerate(self._handles):
             used = _asked(nvml.nvmlDeviceGetUtilizationRates, gpu)
@@ -105,5 +92,5 @@ class GpuSensors:
                 used.gpu / 100 if used else None,
                 memory.used if memory else None,
             )
-            readings.append(GpuReading(i, *(-1 if v is None else v for v in values)))
+            readings.append(GpuReading(run, t_us, i, *(-1 if v is None else v for v in values)))
         return readings

@@ -45,7 +45,7 @@ def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess:
 
 
 def test_a_campaign_goes_on_where_it_stopped(tmp_path):
-    """Without time nothing begins; the same command then does it all; a third changes nothing; another plan is refused."""
+    """Without time nothing begins; the same command then does it all, a third time nothing; another plan is refused."""
     folder, models = tmp_path / "out", tmp_path / "models"
     options = ["-o", folder, "--models", models]
     assert "goes on" in run("smoke", *options, "--minutes", 1e-9, code=3).stderr
@@ -112,10 +112,9 @@ def test_gpu_readings_are_recorded(models, settings, tmp_path):
     assert all(isinstance(reading, GpuReading) for reading in GpuSensors()(0, 0))
     path = tmp_path / "t.duckdb"
     with Engine(models["plain"], "static:n_max=2", settings, trace=tmp_path / "other.duckdb") as engine:
-        facts = open_trace_facts(engine)
-        recorder = Recorder(
-            path, facts, sensors=lambda run, t_us: [GpuReading(run, t_us, 0, 1980, 2619, 350.5, 60, 0.9, 7)]
-        )
+        facts = facts_of(engine)
+        reading = (0, 1980, 2619, 350.5, 60, 0.9, 7)
+        recorder = Recorder(path, facts, sensors=lambda run, t_us: [GpuReading(run, t_us, *reading)])
         engine._loop.observer = recorder
         engine.generate("import", max_tokens=8)
         engine._loop.observer = engine.recorder
@@ -126,7 +125,7 @@ def test_gpu_readings_are_recorded(models, settings, tmp_path):
     assert found["t_us"].max() > 0
 
 
-def open_trace_facts(engine: Engine) -> dict:
+def facts_of(engine: Engine) -> dict:
     """The provenance row of ``engine``."""
     from tracekit.engine.provenance import run_facts
 

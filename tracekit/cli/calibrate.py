@@ -88,6 +88,8 @@ def calibrate(
     else:
         for table in surface.surface_tables(cells):
             out.print_table(table)
+        for line in surface.surface_notes(cells):
+            print(line)
     if plot:
         out.wrote(pictures.save(surface.surface_chart(cells), plot))
     out.wrote(output)

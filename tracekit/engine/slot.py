@@ -21,11 +21,11 @@ class Request:
     max_tokens: int = 128
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
     policy: Policy | None = None
     prompt_id: str = ""
     category: str = ""
     arm: str = "live"
+    ignore_eos: bool = False
 
 
 @dataclass(frozen=True)

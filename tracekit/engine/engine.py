@@ -143,6 +143,11 @@ class Engine:
         """No request is running or waiting."""
         return not self._loop.queue and all(s is None for s in self._loop.slots)
 
+    @property
+    def reading(self) -> bool:
+        """A prompt is waiting or still being read."""
+        return bool(self._loop.queue) or any(s is not None and not s.generating for s in self._loop.slots)
+
     def prepare(self, request: Request) -> list[int]:
         """The prompt's tokens. Raises :class:`TracekitError` for a request that cannot be served."""
         tokens = self.model.tokenize(request.prompt) if isinstance(request.prompt, str) else list(request.prompt)

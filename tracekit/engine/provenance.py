@@ -34,7 +34,7 @@ def run_facts(
         "run": 0,
         "trace_id": uuid.uuid4().hex,
         "schema_version": schema.VERSION,
-        "mode": "probe" if probe else "live",
+        "mode": probe.arm if probe else "live",
         "started_at": datetime.datetime.now(datetime.UTC),
         "tracekit_version": tracekit.__version__,
         "policy": None if probe else policy.label,

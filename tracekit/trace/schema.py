@@ -14,11 +14,12 @@ CREATE TABLE runs (                      -- one row per recording session: where
     run SMALLINT PRIMARY KEY,
     trace_id VARCHAR NOT NULL,           -- random; identifies the recording for ever, also after a merge
     schema_version INTEGER NOT NULL,
-    mode VARCHAR NOT NULL,               -- probe: drafts at every position; live: what a policy did
+    mode VARCHAR NOT NULL,               -- probe: drafts at every position; live: what a policy did; calibration:
+                                         -- what decodes cost, on random prompts: no acceptance to learn from
     started_at TIMESTAMPTZ NOT NULL,
     tracekit_version VARCHAR NOT NULL,
     policy VARCHAR,                      -- live: the policy that decided, as on the command line
-    n_max SMALLINT NOT NULL,             -- probe: drafts at every position; live: most that may be drafted
+    n_max SMALLINT NOT NULL,             -- probe: drafts at every position; otherwise: most that may be drafted
     model_path VARCHAR NOT NULL,
     model_sha256 VARCHAR NOT NULL,
     model_arch VARCHAR NOT NULL,
@@ -48,7 +49,8 @@ CREATE TABLE requests (
     prompt_id VARCHAR NOT NULL,
     category VARCHAR NOT NULL,
     arm VARCHAR NOT NULL,                -- probe; live; no_mtp: the baseline, hidden states not even extracted;
-                                         -- calibration: idle or a fixed draft length, run for its timings
+                                         -- calibration: idle, a fixed draft length, or a cost surface, run for
+                                         -- its timings
     slot SMALLINT NOT NULL,
     n_prompt INTEGER NOT NULL,           -- tokens
     max_tokens INTEGER NOT NULL,

@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import typer
 
-from tracekit.cli import demo, doctor, generate, model, policies, record, replay, sql, stats, tune, verify
+from tracekit.cli import (
+    calibrate,
+    campaign,
+    demo,
+    doctor,
+    generate,
+    model,
+    policies,
+    record,
+    replay,
+    sql,
+    stats,
+    tune,
+    verify,
+)
 
 app = typer.Typer(
     help="Decide, from real traces, whether and how a llama.cpp model should speculate.",
@@ -18,6 +32,7 @@ app = typer.Typer(
 app.command("doctor")(doctor.doctor)
 app.add_typer(model.app, name="model")
 app.command("record")(record.record)
+app.command("calibrate")(calibrate.calibrate)
 app.command("stats")(stats.stats)
 app.command("policies")(policies.policies)
 app.command("replay")(replay.replay)
@@ -26,6 +41,7 @@ app.command("verify")(verify.verify)
 app.command("generate")(generate.generate)
 app.command("sql")(sql.sql)
 app.command("demo")(demo.demo)
+app.command("campaign")(campaign.campaign)
 
 
 @app.callback(invoke_without_command=True)

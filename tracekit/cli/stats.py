@@ -6,8 +6,10 @@ from tracekit.cli import options, out
 
 
 def stats(trace: options.TraceArgument, json: options.Json = False) -> None:
-    """What happened: acceptance per position, tau, amplification, where time went, the baselines."""
-    from tracekit.report import tables
+    """What happened: acceptance per position, tau, amplification, where time went, the baselines; or the cost
+    surface of a calibration.
+    """
+    from tracekit.report import surface, tables
     from tracekit.report.stats import summarise
     from tracekit.trace.store import open_trace
 
@@ -16,7 +18,8 @@ def stats(trace: options.TraceArgument, json: options.Json = False) -> None:
         out.print_json(summary.as_json())
         return
     print(summary.headline)
-    for table in tables.stats_tables(summary):
+    costs = summary.surface
+    for table in tables.stats_tables(summary) if costs is None else surface.surface_tables(costs):
         out.print_table(table)
     for line in summary.notes:
         print(line)

@@ -67,9 +67,9 @@ def verify(
     loaded = load(prompts)
     cost = fit(open_trace(trace), n_max) if trace else None
 
-    from tracekit.engine import Request, Sampling
     from tracekit.engine.model import sha256_of
     from tracekit.engine.provenance import device_name
+    from tracekit.engine.record import as_requests
     from tracekit.verify import Arm, standard_arms
     from tracekit.verify import verify as run
 
@@ -96,10 +96,7 @@ def verify(
         spec_draft_backend_sampling,
         backend_sampling,
     )
-    requests = [
-        Request(p.prompt, max_tokens, Sampling(temp=temp, seed=seed + i), prompt_id=p.id, category=p.category)
-        for i, p in enumerate(loaded)
-    ]
+    requests = as_requests(loaded, max_tokens, temp, seed)
     with out.progress("live runs") as update:
         verdict = run(
             model, [*standard_arms(tuned.policy, n_max), *(Arm(p.label, p) for p in others)], requests, settings,

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -30,6 +33,7 @@ _NEEDED = (
 
 log = logging.getLogger("tracekit.llama_cpp")
 _recent: deque[str] = deque(maxlen=200)
+_listeners: list[list[str]] = []
 
 
 def _load():
@@ -62,6 +66,8 @@ def _on_log(level: int, text: bytes, _user_data) -> None:
     line = text.decode("utf-8", errors="replace").rstrip("\n")
     if line:
         _recent.append(line)
+        for heard in _listeners:
+            heard.append(line)
         log.debug("%s", line)
 
 
@@ -95,6 +101,17 @@ def last_error(since: str = "") -> str:
     return since
 
 
+@contextmanager
+def listening() -> Iterator[list[str]]:
+    """Everything that llama.cpp logs inside the block, a list that grows line by line."""
+    heard: list[str] = []
+    _listeners.append(heard)
+    try:
+        yield heard
+    finally:
+        _listeners.remove(heard)
+
+
 def build() -> str:
     """Version of llama-cpp-python and llama.cpp's system information (instruction sets, back ends)."""
     info = llama.llama_print_system_info().decode()
@@ -103,7 +120,8 @@ def build() -> str:
 
 def _ggml() -> ctypes.CDLL:
     folder = Path(llama.__file__).parent / "lib"
-    path = next((p for p in (folder / f"libggml.{s}" for s in ("so", "dylib")) if p.exists()), None)
+    # by its soname, so that this is the library that llama.cpp has loaded and not a second copy of it
+    path = next((p for p in (folder / f"libggml.{s}" for s in ("so.0", "so", "0.dylib", "dylib")) if p.exists()), None)
     return ctypes.CDLL(str(path)) if path else llama._lib
 
 
@@ -112,6 +130,17 @@ def has_gpu() -> bool:
     by_type = _ggml().ggml_backend_dev_by_type
     by_type.argtypes, by_type.restype = [ctypes.c_int], ctypes.c_void_p
     return any(by_type(kind) for kind in (1, 2))  # GGML_BACKEND_DEVICE_TYPE_GPU, _IGPU
+
+
+def cuda_graphs() -> bool | None:
+    """Whether CUDA launches whole graphs; None in a build without CUDA.
+
+    Source: ggml/src/ggml-cuda/ggml-cuda.cu (feature USE_GRAPHS, environment variable GGML_CUDA_DISABLE_GRAPHS).
+    """
+    info = llama.llama_print_system_info().decode()
+    if "CUDA :" not in info:
+        return None
+    return "USE_GRAPHS = 1" in info and "GGML_CUDA_DISABLE_GRAPHS" not in os.environ
 
 
 def devices() -> list[tuple[str, str, int]]:

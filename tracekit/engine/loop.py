@@ -164,7 +164,7 @@ class Loop:
             request=slot.number,
             prompt_id=request.prompt_id,
             category=request.category,
-            arm=("probe" if self.probe else request.arm) if self.mtp else "no_mtp",
+            arm=(self.probe.arm if self.probe else request.arm) if self.mtp else "no_mtp",
             slot=slot.index,
             n_prompt=slot.n_prompt,
             max_tokens=slot.max_tokens,
@@ -182,7 +182,7 @@ class Loop:
         """Ask the slot's policy; an :class:`Ask` where it wants drafts and there is room for them."""
         asked, p_min, policy = 0, 0.0, slot.policy
         if self.probe and not slot.over:
-            asked = self.probe.n_max
+            asked, slot.over = max(0, self.probe.n_max), self.probe.n_max == NEVER
         elif not slot.over:
             if slot.shares:
                 slot.state = self._shared[policy]

@@ -20,6 +20,8 @@ class _Rewinds(Protocol):
 class Probe:
     """The random choices of a probe recording, and the positions whose outcome is not known yet."""
 
+    arm = "probe"  # what its requests are in a trace
+
     def __init__(self, n_max: int, seed: int = 0):
         self.n_max, self.seed = n_max, seed
         self.n_checked = self.n_diverged = 0
@@ -43,7 +45,7 @@ class Probe:
         waiting = self._pending.setdefault(row.request, [])
         waiting.append((row, choices))
         settled = []
-        while waiting and (ended or len(tokens) - waiting[0][0].n_generated >= self.n_max + 1):
+        while waiting and (ended or len(tokens) - waiting[0][0].n_generated > waiting[0][0].n_proposed):
             first, its_choices = waiting.pop(0)
             settled.append(self._judged(first, its_choices, tokens[first.n_generated :]))
         if ended:

@@ -13,9 +13,9 @@ from tracekit.policy.rule import Policy
 
 @dataclass(frozen=True)
 class Request:
-    """What to generate. ``prompt`` is text or token ids; generation ends at the end of text, at a ``stop`` string
-    (cut off the text), after ``max_tokens``, or with the context. ``policy`` None: the engine's. ``arm`` labels it in
-    a trace."""
+    """What to generate. ``prompt`` is text or token ids; generation ends at the end of text (unless ``ignore_eos``),
+    at a ``stop`` string (cut off the text), after ``max_tokens``, or with the context. ``policy`` None: the engine's.
+    ``arm`` labels it in a trace."""
 
     prompt: str | list[int]
     max_tokens: int = 128
@@ -25,6 +25,7 @@ class Request:
     prompt_id: str = ""
     category: str = ""
     arm: str = "live"
+    ignore_eos: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Slot:
     def emit(self, token: int, piece: bytes, end_tokens: frozenset[int]) -> None:
         """Append ``token``; sets :attr:`stop` where it ends the request."""
         self.tokens.append(token)
-        if token in end_tokens:
+        if token in end_tokens and not self.request.ignore_eos:
             self.stop = "eos"
             return
         if self.request.stop:

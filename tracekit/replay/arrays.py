@@ -101,6 +101,11 @@ def positions(trace: TraceFile) -> Positions:
             FROM requests JOIN verifications USING (run, request)
             WHERE arm IN {arms} GROUP BY ALL HAVING sum(n_proposed) > 0 OR arm = 'probe' ORDER BY run, request"""
     ).filter(pl.col("n_generated") > 1)
+    if requests.is_empty() and (trace.runs["mode"] == "calibration").all():
+        raise TracekitError(
+            f"{trace.path}: a calibration, which knows costs and no acceptance; give a recorded trace, and this one "
+            "as its --cost"
+        )
     if requests.is_empty():
         raise TracekitError(
             f"{trace.path}: no request in it drafted anything; record with --mode probe, or live with a "

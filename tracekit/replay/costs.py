@@ -22,10 +22,11 @@ from scipy.stats import theilslopes
 
 from tracekit.errors import TracekitError
 from tracekit.replay import kernel
+from tracekit.replay.robust import LEAST, cell_means, line, robust_mean, slopes, step_up
 from tracekit.trace.store import TraceFile
 
 N_BOOT = 100
-LEAST = 5  # measurements that make a cell
+_MORE = {"record": "record more prompts or tokens", "calibrate": "calibrate with more --blocks or --steps"}
 _FIXED = [kernel.LONG_CATCHUPS, kernel.LONG_CATCHUP_ROWS, kernel.PROMPT_CATCHUPS, kernel.PROMPT_CATCHUP_ROWS]
 
 
@@ -54,8 +55,10 @@ class CostModel:
 
 
 def fit(trace: TraceFile, n_max: int, n_boot: int = N_BOOT, seed: int = 0) -> CostModel:
-    """The cost model of ``trace``. Raises :class:`TracekitError` where something that is needed was never measured."""
-    steps, drift = _Steps.read(trace).steadied(n_max)
+    """The cost model of ``trace``, from its steps with one slot active: of a recording or a calibration. Raises
+    :class:`TracekitError` where something that is needed was never measured.
+    """
+    steps, drift = _Steps.read(trace, n_max).steadied(n_max)
     prices, no_mtp = steps.prices(n_max)
     _price_long_catchups(trace, prices, n_max)
     rng = np.random.default_rng(seed)
@@ -86,9 +89,12 @@ def _layout(n_max: int) -> tuple[slice, slice]:
 
 @dataclass(frozen=True)
 class _Steps:
-    """The generating steps of one slot as columns (float64 ``[n]``; microseconds, tokens)."""
+    """The generating steps of one slot as columns (float64 ``[n]``; microseconds, tokens), none wider, in target
+    tokens or rows caught up, than the cost model has prices for.
+    """
 
     path: str
+    advice: str  # where something is missing
     block: np.ndarray  # consecutive requests of one prompt: close together in time
     mtp: np.ndarray
     kv: np.ndarray  # cells that attention read
@@ -106,7 +112,15 @@ class _Steps:
     wall: np.ndarray
 
     @classmethod
-    def read(cls, trace: TraceFile) -> _Steps:
+    def read(cls, trace: TraceFile, n_max: int) -> _Steps:
+        calibration = (trace.runs["mode"] == "calibration").all()
+        verb = "calibrate" if calibration else "record"
+        if trace.runs["n_max"].max() < n_max:
+            raise TracekitError(
+                f"{trace.path}: its times are of up to {trace.runs['n_max'].max()} drafts, {n_max} are wanted; {verb} "
+                f"it with --n-max {n_max}"
+            )
+        alone = "calibrate with 1 among --slots" if calibration else "record with --parallel 1"
         frame = trace.frame(
             """WITH mtp AS (
                    SELECT run, step, lag(CASE WHEN n_draft_decodes = 1 THEN n_catchup WHEN n_draft_decodes > 1 THEN 1
@@ -124,23 +138,26 @@ class _Steps:
                       sample_us AS sample, wall_us AS wall
                FROM target s JOIN verifications v USING (run, step) JOIN runs USING (run)
                     JOIN blocks USING (run, request) LEFT JOIN mtp USING (run, step)
-               WHERE (settings->>'n_slots')::INT = 1 AND s.n_prompt = 0 AND v.n_generated > 0 ORDER BY run, step"""
+               WHERE s.n_slots = 1 AND s.n_prompt = 0 AND v.n_generated > 0
+                     AND n_tokens <= $most AND n_catchup <= $most ORDER BY run, step""",
+            most=n_max + 1,
         )
         if frame.is_empty():
-            raise TracekitError(
-                f"{trace.path}: recorded with several slots; costs of one slot need a recording with --parallel 1"
-            )
+            raise TracekitError(f"{trace.path}: no step of one slot alone, whose costs are wanted; {alone}")
         frame = frame.with_columns(kv=pl.Series(kernel.n_kv((frame["n_past"] + frame["width"]).to_numpy()))).drop(
             "n_past"
         )
-        found = cls(str(trace.path), **{c: frame[c].cast(pl.Float64).to_numpy() for c in frame.columns})
+        several = trace.frame("SELECT max((settings->>'n_slots')::INT) AS n FROM runs")["n"][0] > 1
+        advice = alone if several and not calibration else _MORE[verb]
+        found = cls(str(trace.path), advice, **{c: frame[c].cast(pl.Float64).to_numpy() for c in frame.columns})
         if (found.mtp == 0).sum() < LEAST:
-            raise TracekitError(f"{trace.path}: the baseline without MTP was not recorded; record with --baseline")
+            baseline = alone if several else "record with --baseline"
+            raise TracekitError(f"{trace.path}: the baseline without MTP was not recorded; {baseline}")
         return found
 
     def take(self, chosen: np.ndarray) -> _Steps:
         """The steps at ``chosen`` (a mask or indices)."""
-        return _Steps(self.path, *(getattr(self, f.name)[chosen] for f in fields(self)[1:]))
+        return _Steps(self.path, self.advice, *(getattr(self, f.name)[chosen] for f in fields(self)[2:]))
 
     def steadied(self, n_max: int) -> tuple[_Steps, np.ndarray]:
         """The steps as if the machine had run at its mean speed throughout, and how slow each block was (mean 1 over
@@ -198,45 +215,44 @@ class _Steps:
             return prices, before[1]
         per_kv, reshape = prices[kernel.KV] + prices[kernel.KV_WIDTH], prices[kernel.RESHAPES]
         no_mtp[kernel.KV], no_mtp[kernel.RESHAPES] = per_kv, reshape
-        no_mtp[kernel.STEPS] = _robust_mean(off.wall - off.target)
-        no_mtp[_layout(n_max)[0]][1] = _robust_mean(off.target - per_kv * off.kv - reshape * off.reshapes)
+        no_mtp[kernel.STEPS] = robust_mean(off.wall - off.target)
+        no_mtp[_layout(n_max)[0]][1] = robust_mean(off.target - per_kv * off.kv - reshape * off.reshapes)
         plain = [kernel.STEPS, kernel.TOKENS, kernel.N_SCALARS + 1]
         prices[kernel.OVER] = no_mtp[plain].sum() - prices[plain].sum()
         return prices, no_mtp
 
     def _price_target(self, prices: np.ndarray, n_max: int, before: np.ndarray | None) -> None:
         widths = _layout(n_max)[0]
-        reshape = _step_up(self.target, self.reshapes, self.width)
+        reshape = step_up(self.target, self.reshapes, self.width)
         time = self.target - reshape * self.reshapes
-        level, slope = _slopes(self.kv, time, self.width)
+        level, slope = slopes(self.kv, time, self.width)
         prices[kernel.RESHAPES], prices[kernel.KV], prices[kernel.KV_WIDTH] = reshape, level, slope
-        cells = _cells(time - self.kv * (level + slope * self.width), self.width, n_max + 2)
+        cells = cell_means(time - self.kv * (level + slope * self.width), self.width, n_max + 2)
         prices[widths] = self._complete(cells, None if before is None else before[widths], "target batches of width")
 
     def _price_drafting(self, prices: np.ndarray, n_max: int, before: np.ndarray | None) -> None:
         rounds = self.take(self.decodes > 0)
         if not len(rounds.wall):
             return
-        catchups, edge = _layout(n_max)[1], n_max + 1
-        short, more = rounds.take(rounds.rows <= edge), rounds.take(rounds.decodes > 1)
-        changed = (short.rows != short.rows_before).astype(float)
-        reshape = _step_up(short.first, changed, short.rows)
-        per_kv = _slopes(short.kv, short.first, short.rows)[0]
+        catchups, more = _layout(n_max)[1], rounds.take(rounds.decodes > 1)
+        changed = (rounds.rows != rounds.rows_before).astype(float)
+        reshape = step_up(rounds.first, changed, rounds.rows)
+        per_kv = slopes(rounds.kv, rounds.first, rounds.rows)[0]
         prices[kernel.DRAFT_RESHAPES], prices[kernel.KV_DRAFT] = reshape, per_kv
         if len(more.wall):
             each = (more.draft - more.first - reshape * (more.rows != 1)) / (more.decodes - 1)
-            prices[kernel.DRAFT_DECODES] = _robust_mean(each - per_kv * more.kv)
+            prices[kernel.DRAFT_DECODES] = robust_mean(each - per_kv * more.kv)
         known = None if before is None else before[catchups] + before[kernel.DRAFT_DECODES]
-        time = short.first - per_kv * short.kv - reshape * changed
-        first = self._complete(_cells(time, short.rows, n_max + 2), known, "catch-ups of rows")
+        time = rounds.first - per_kv * rounds.kv - reshape * changed
+        first = self._complete(cell_means(time, rounds.rows, n_max + 2), known, "catch-ups of rows")
         prices[catchups] = first - prices[kernel.DRAFT_DECODES]
 
     def _price_host(self, prices: np.ndarray) -> None:
         drafting = self.decodes > 0
-        idle = _robust_mean(self.host[~drafting]) if (~drafting).any() else _robust_mean(self.host)
-        per_step, per_token = _line(self.emitted, self.sample)
+        idle = robust_mean(self.host[~drafting]) if (~drafting).any() else robust_mean(self.host)
+        per_step, per_token = line(self.emitted, self.sample)
         prices[kernel.STEPS], prices[kernel.TOKENS] = idle + per_step, per_token
-        prices[kernel.DRAFT_ROUNDS] = _robust_mean(self.host[drafting]) - idle if drafting.any() else 0.0
+        prices[kernel.DRAFT_ROUNDS] = robust_mean(self.host[drafting]) - idle if drafting.any() else 0.0
 
     def _complete(self, cells: np.ndarray, otherwise: np.ndarray | None, what: str) -> np.ndarray:
         """``cells`` from 1 on, gaps closed between neighbours, made non-decreasing; an end must have been measured."""
@@ -247,9 +263,7 @@ class _Steps:
             cells[empty] = otherwise[empty]
         elif empty[1] or empty[-1]:
             missing = 1 if empty[1] else len(cells) - 1
-            raise TracekitError(
-                f"{self.path}: {what} {missing} measured fewer than {LEAST} times; record more prompts or tokens"
-            )
+            raise TracekitError(f"{self.path}: {what} {missing} measured fewer than {LEAST} times; {self.advice}")
         elif empty.any():
             cells[empty] = np.interp(np.flatnonzero(empty), np.flatnonzero(~empty), cells[~empty])
         cells[1:] = isotonic_regression(cells[1:]).x
@@ -259,7 +273,7 @@ class _Steps:
         """Fitted time of every step, microseconds."""
         widths, catchups = _layout(n_max)
         on = self.mtp == 1
-        width, rows = np.minimum(self.width, n_max + 1).astype(int), self.rows.astype(int)
+        width, rows = self.width.astype(int), self.rows.astype(int)
 
         def price(index: int) -> np.ndarray:
             return np.where(on, prices[index], no_mtp[index])
@@ -267,12 +281,12 @@ class _Steps:
         time = price(kernel.STEPS) + price(kernel.TOKENS) * self.emitted + price(kernel.KV) * self.kv
         time += price(kernel.KV_WIDTH) * self.kv * self.width + price(kernel.RESHAPES) * self.reshapes
         time += np.where(on, prices[widths][width], no_mtp[widths][width])
-        short = prices[catchups][np.minimum(rows, n_max + 1)]
-        long = prices[kernel.LONG_CATCHUPS] + prices[kernel.LONG_CATCHUP_ROWS] * rows
-        drafting = self.decodes * (prices[kernel.DRAFT_DECODES] + prices[kernel.KV_DRAFT] * self.kv)
+        drafting = prices[catchups][rows] + self.decodes * (
+            prices[kernel.DRAFT_DECODES] + prices[kernel.KV_DRAFT] * self.kv
+        )
         changed = (rows != self.rows_before) + ((self.decodes > 1) & (rows != 1))
         drafting += prices[kernel.DRAFT_ROUNDS] + prices[kernel.DRAFT_RESHAPES] * changed
-        return time + np.where(self.decodes > 0, drafting + np.where(rows <= n_max + 1, short, long), 0.0)
+        return time + np.where(self.decodes > 0, drafting, 0.0)
 
     def cells(self) -> pl.DataFrame:
         """How often each batch width and each number of rows was measured, with its plain median time."""
@@ -293,88 +307,20 @@ class _Steps:
 
 
 def _price_long_catchups(trace: TraceFile, prices: np.ndarray, n_max: int) -> None:
-    """Rows beyond the table, a line through prompts caught up while they were read (or, without any, the table's
-    slope).
+    """Rows beyond the table, a line through prompts caught up while they were read, alone and in one batch (or,
+    without any, the table's slope).
     """
     rows = trace.frame(
-        """SELECT n_ahead AS rows, catchup_us AS us FROM steps JOIN runs USING (run)
-           WHERE (settings->>'n_slots')::INT = 1 AND n_ahead > 0"""
+        """SELECT n_ahead AS rows, catchup_us AS us
+           FROM steps s JOIN verifications v USING (run, step) JOIN requests r USING (run, request)
+           WHERE s.n_slots = 0 AND v.n_generated = 0 AND n_ahead = r.n_prompt"""
     )
     edge = n_max + 1
     first = prices[_layout(n_max)[1]] + prices[kernel.DRAFT_DECODES]
     per_row, fixed = (first[-1] - first[1]) / n_max, first[1]
     if rows.height >= LEAST and rows["rows"].n_unique() > 1:
-        line = theilslopes(rows["us"].to_numpy(), rows["rows"].to_numpy())
-        per_row, fixed = max(float(line.slope), 0.0), max(float(line.intercept), 0.0)
+        fitted = theilslopes(rows["us"].to_numpy(), rows["rows"].to_numpy())
+        per_row, fixed = max(float(fitted.slope), 0.0), max(float(fitted.intercept), 0.0)
     prices[kernel.PROMPT_CATCHUPS], prices[kernel.PROMPT_CATCHUP_ROWS] = fixed, per_row
     prices[kernel.LONG_CATCHUP_ROWS] = per_row
     prices[kernel.LONG_CATCHUPS] = first[-1] - per_row * edge - prices[kernel.DRAFT_DECODES]
-
-
-def _robust_mean(values: np.ndarray) -> float:
-    """Mean of ``values`` with those far off (a descheduled process, not the work) pulled in to eight median deviations.
-
-    A median would be sturdier, but a total is a sum: what counts is the mean, an ordinary slow tail included.
-    """
-    middle = np.median(values)
-    reach = 8 * np.median(np.abs(values - middle)) + 1e-9
-    return float(np.clip(values, middle - reach, middle + reach).mean())
-
-
-def _cells(times: np.ndarray, keys: np.ndarray, size: int) -> np.ndarray:
-    """Robust mean of ``times`` for each key below ``size``; NaN where fewer than :data:`LEAST` were measured."""
-    cells = np.full(size, np.nan)
-    for key in range(1, size):
-        here = times[keys == key]
-        if len(here) >= LEAST:
-            cells[key] = _robust_mean(here)
-    return cells
-
-
-def _step_up(y: np.ndarray, flag: np.ndarray, keys: np.ndarray) -> float:
-    """How much more ``y`` is where ``flag`` is 1: differences of medians at equal ``key``, averaged; never negative."""
-    found, weight = [], []
-    for key in np.unique(keys):
-        with_flag, without = y[(keys == key) & (flag == 1)], y[(keys == key) & (flag == 0)]
-        if min(len(with_flag), len(without)) >= LEAST:
-            found.append(np.median(with_flag) - np.median(without))
-            weight.append(min(len(with_flag), len(without)))
-    return max(0.0, float(np.average(found, weights=weight))) if found else 0.0
-
-
-def _slopes(x: np.ndarray, y: np.ndarray, keys: np.ndarray) -> tuple[float, float]:
-    """How ``y`` grows with ``x``, which has few values, as ``a + b * key``; neither is negative.
-
-    In each cell of equal ``key`` the slope is a line's through the robust mean at every value of ``x``.
-    """
-    found, weight = {}, {}
-    for key in np.unique(keys):
-        here = keys == key
-        values, counts = np.unique(x[here], return_counts=True)
-        values, counts = values[counts >= LEAST], counts[counts >= LEAST]
-        if len(values) < 2:
-            continue
-        means = np.array([_robust_mean(y[here & (x == v)]) for v in values])
-        away = values - np.average(values, weights=counts)
-        weight[key] = float((counts * away**2).sum())
-        slope = float((counts * away * means).sum()) / weight[key]
-        # context cannot cost more than everything there is: a noisy cell must not drive its level below zero
-        found[key] = min(max(slope, 0.0), 0.8 * float((means / values).min()))
-    if not found:
-        return 0.0, 0.0
-    key, slope, w = np.array(list(found)), np.array(list(found.values())), np.array(list(weight.values()))
-    mean_key, mean_slope = np.average(key, weights=w), np.average(slope, weights=w)
-    variance = np.average((key - mean_key) ** 2, weights=w)
-    b = np.average((key - mean_key) * (slope - mean_slope), weights=w) / variance if variance else 0.0
-    b = float(np.clip(b, 0.0, mean_slope / mean_key))
-    return float(mean_slope - b * mean_key), b
-
-
-def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    """Intercept and slope (not negative) of ``y`` over ``x``, through the robust mean at each value of ``x``."""
-    values, counts = np.unique(x, return_counts=True)
-    means = np.array([_robust_mean(y[x == v]) for v in values])
-    if len(values) == 1:
-        return float(means[0]), 0.0
-    slope = max(0.0, float(np.polyfit(values, means, 1, w=np.sqrt(counts))[0]))
-    return float(np.average(means - slope * values, weights=counts)), slope

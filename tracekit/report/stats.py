@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from tracekit.report.surface import as_json, is_calibration, surface, surface_notes
 from tracekit.trace.store import TraceFile
 
 BROKEN = 0.05  # first-draft acceptance below which a drafter is called broken rather than unlucky
@@ -22,33 +23,36 @@ class Summary:
     requests: pl.DataFrame
     time: pl.DataFrame
     baselines: pl.DataFrame
+    surface: pl.DataFrame | None = None  # of a calibration, whose other frames are empty
     notes: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values of everything above."""
         frames = {k: getattr(self, k).to_dicts() for k in ("acceptance", "requests", "time", "baselines")}
-        return {"headline": self.headline} | frames | {"notes": self.notes}
+        costs = {} if self.surface is None else as_json(self.surface)
+        return {"headline": self.headline} | frames | costs | {"notes": self.notes}
 
 
 def summarise(trace: TraceFile) -> Summary:
     """The summary of ``trace``."""
     runs = trace.runs
     first = runs.row(0, named=True)
+    costs_only = is_calibration(trace)
     cut_off = runs["wall_us"].is_null().any()
     headline = (
-        f"{trace.path}: {first['mode']} trace of {first['model_desc']} ({first['model_arch']}), "
+        f"{trace.path}: {first['mode']} {'' if costs_only else 'trace '}of {first['model_desc']} "
+        f"({first['model_arch']}), "
         f"{runs.height} run{'s' if runs.height > 1 else ''}, on {first['device']}"
         + (", cut off before its end" if cut_off else "")
     )
     acceptance = acceptance_by_position(trace)
-    return Summary(
-        headline=headline,
-        acceptance=acceptance,
-        requests=_by_category(trace),
-        time=_time(trace),
-        baselines=_baselines(trace),
-        notes=_notes(runs, acceptance),
-    )
+    frames = {"requests": _by_category(trace), "time": _time(trace), "baselines": _baselines(trace)}
+    notes = _notes(runs, acceptance)
+    if not costs_only:
+        return Summary(headline, acceptance, **frames, notes=notes)
+    cells = surface(trace)  # what was drafted and accepted on random prompts says nothing
+    frames = {name: frame.clear() for name, frame in frames.items()}
+    return Summary(headline, acceptance, **frames, surface=cells, notes=[*surface_notes(cells), *notes])
 
 
 def acceptance_by_position(trace: TraceFile) -> pl.DataFrame:

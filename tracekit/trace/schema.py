@@ -14,11 +14,12 @@ CREATE TABLE runs (                      -- one row per recording session: where
     run SMALLINT PRIMARY KEY,
     trace_id VARCHAR NOT NULL,           -- random; identifies the recording for ever, also after a merge
     schema_version INTEGER NOT NULL,
-    mode VARCHAR NOT NULL,               -- probe: drafts at every position; live: what a policy did
+    mode VARCHAR NOT NULL,               -- probe: drafts at every position; live: what a policy did; calibration:
+                                         -- what decodes cost, on random prompts: no acceptance to learn from
     started_at TIMESTAMPTZ NOT NULL,
     tracekit_version VARCHAR NOT NULL,
     policy VARCHAR,                      -- live: the policy that decided, as on the command line
-    n_max SMALLINT NOT NULL,             -- probe: drafts at every position; live: most that may be drafted
+    n_max SMALLINT NOT NULL,             -- probe: drafts at every position; otherwise: most that may be drafted
     model_path VARCHAR NOT NULL,
     model_sha256 VARCHAR NOT NULL,
     model_arch VARCHAR NOT NULL,
@@ -31,7 +32,8 @@ CREATE TABLE runs (                      -- one row per recording session: where
     device VARCHAR NOT NULL,             -- device names, or the processor's
     driver VARCHAR,
     settings JSON NOT NULL,              -- every engine setting: n_ctx, n_batch, n_threads, cache types, ...
-    machine JSON NOT NULL                -- operating system, processor, cores, Python
+    machine JSON NOT NULL                -- operating system, processor, cores, Python; GPUs with driver, CUDA and
+                                         -- limits; cuda_graphs; placement: layers by device, buffers, flash attention
 );
 CREATE TABLE run_ends (                  -- absent for a run that was cut off
     run SMALLINT PRIMARY KEY,
@@ -47,7 +49,8 @@ CREATE TABLE requests (
     prompt_id VARCHAR NOT NULL,
     category VARCHAR NOT NULL,
     arm VARCHAR NOT NULL,                -- probe; live; no_mtp: the baseline, hidden states not even extracted;
-                                         -- calibration: idle or a fixed draft length, run for its timings
+                                         -- calibration: idle, a fixed draft length, or a cost surface, run for
+                                         -- its timings
     slot SMALLINT NOT NULL,
     n_prompt INTEGER NOT NULL,           -- tokens
     max_tokens INTEGER NOT NULL,
@@ -86,6 +89,17 @@ CREATE TABLE steps (                     -- one llama_decode of the target, and 
     policy_us INTEGER NOT NULL,
     record_us INTEGER NOT NULL,          -- of the step before
     wall_us INTEGER NOT NULL             -- the whole step
+);
+CREATE TABLE gpu_readings (              -- what NVIDIA GPUs were doing, once per commit (0.9 s); -1: not told. Read,
+    run SMALLINT NOT NULL,               -- never set. Files of tracekit 0.1 lack the table
+    t_us BIGINT NOT NULL,                -- end of the newest step then, since the run's first step
+    gpu SMALLINT NOT NULL,
+    sm_clock_mhz INTEGER NOT NULL,
+    mem_clock_mhz INTEGER NOT NULL,
+    power_w REAL NOT NULL,
+    temperature_c SMALLINT NOT NULL,
+    utilization_ratio REAL NOT NULL,     -- share of the last moments in which a kernel ran
+    memory_used_bytes BIGINT NOT NULL
 );
 CREATE TABLE verifications (             -- one slot's share of one step
     run SMALLINT NOT NULL,

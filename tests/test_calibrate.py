@@ -1,0 +1,300 @@
+"""Calibration: every cell of the cost surface is measured, on the real model, and prices traces recorded elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tracekit.cli.app import app
+from tracekit.engine import Engine, Request, Sampling, Settings
+from tracekit.engine.calibrate import Plan, Sweep, calibrate
+from tracekit.errors import TracekitError
+from tracekit.model.prompt_sets import load
+from tracekit.replay.arrays import positions
+from tracekit.replay.costs import fit
+from tracekit.report import pictures, surface
+from tracekit.report.stats import summarise
+from tracekit.trace.store import open_trace
+
+from .test_cli import tracekit
+
+SHIPPED = Path(__file__).parent.parent / "traces" / "reference-aligned-probe.duckdb"
+PLAN = Plan(slots=(1, 2), contexts=(64, 300), n_max=4, steps=3, blocks=2)
+EXACT = ["--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def calibrated(models, tmp_path_factory):
+    """A calibration made on the command line, what it printed, and its picture."""
+    path = tmp_path_factory.mktemp("calibrations") / "small.duckdb"
+    plot = path.with_suffix(".png")
+    result = tracekit(
+        *("calibrate", models["plain"], "-o", path, "--slots", "1,2", "--contexts", "64,300", "--n-max", 4),
+        *("--steps", 3, "--blocks", 2, "--json", "--plot", plot, *EXACT),
+    )
+    assert result.stderr.strip().splitlines()[-2:] == [f"Wrote {plot}", f"Wrote {path}"]
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+    return open_trace(path), json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def wide(models, tmp_path_factory):
+    """A calibration of one slot with as many drafts as the shipped traces; and the decodes its progress counted."""
+    path = tmp_path_factory.mktemp("calibrations") / "wide.duckdb"
+    plan = Plan(slots=(1,), contexts=(64, 300), n_max=8, steps=4, blocks=3)
+    settings = Settings(n_ctx=plan.n_ctx(512), n_max=8, threads=1)
+    sweep, seen = Sweep(8, seed=1), []
+    with Engine(models["plain"], settings=settings, trace=path, probe=sweep) as engine:
+        calibrate(engine, sweep, plan, progress=lambda done, total: seen.append((done, total)))
+        assert engine.idle
+    return open_trace(path), seen
+
+
+def test_every_cell_is_measured(calibrated):
+    """Every draft length in every slot count and context, as often as planned; the baseline without MTP; draft steps
+    and catch-ups of every number of rows.
+    """
+    _, printed = calibrated
+    n = {(c["part"], c["slots"], c["context"], c["size"]): c["n"] for c in printed["cells"]}
+    for slots in PLAN.slots:
+        for context in PLAN.contexts:
+            for k in range(PLAN.n_max + 1):
+                assert n["target", slots, context, k] == PLAN.blocks * (PLAN.steps - 1)
+            assert n["no MTP", slots, context, 0] >= PLAN.blocks * PLAN.n_max
+            assert n["draft step", slots, context, 1] == PLAN.blocks * PLAN.steps * (PLAN.n_max - 1)
+            assert any(("catch-up", slots, context, r) in n for r in (1, 2, 3, 4, 5))
+    for cell in printed["cells"]:
+        assert 0 < cell["low_us"] <= cell["median_us"] <= cell["high_us"]
+    assert {j["slots"] for j in printed["jumps"]} == {1, 2}
+
+
+def test_rows_are_complete_and_labelled(calibrated):
+    """Ordinary tables: every slot's share of every step is there, drafts of one length in all slots, the arm and the
+    mode say what it is, and no request ended of itself.
+    """
+    trace, _ = calibrated
+    assert trace.runs["mode"][0] == "calibration"
+    assert trace.runs["n_max"][0] == PLAN.n_max
+    assert trace.frame("SELECT DISTINCT arm FROM requests")["arm"].to_list() == ["calibration"]
+    assert set(trace.frame("SELECT DISTINCT stop FROM request_ends")["stop"]) == {"length", "cancelled"}
+    assert trace.runs["n_checked"][0] > 0
+    assert trace.runs["n_diverged"][0] == 0  # float32
+    steps = trace.frame(
+        """SELECT step, mtp, n_slots, n_tokens, n_prompt, count(n_drafted) AS rows, min(n_drafted) AS low,
+                  max(n_drafted) AS high, max(n_proposed) AS proposed
+           FROM steps JOIN verifications USING (run, step) WHERE n_generated > 0 GROUP BY ALL"""
+    )
+    assert steps["rows"].to_list() == steps["n_slots"].to_list()
+    quiet = steps.filter(pl.col("n_prompt") == 0)
+    assert (quiet["low"] == quiet["high"]).all()
+    assert (quiet["proposed"] == quiet["high"]).all()
+    assert (quiet["n_tokens"] == quiet["n_slots"] * (1 + quiet["high"])).all()
+    assert (quiet.filter(~pl.col("mtp"))["high"] == 0).all()
+    assert trace.path.stat().st_size < 16_000_000
+
+
+def test_progress_and_context_are_what_the_plan_says(wide):
+    """The plan knows the decodes it takes to the last one, and the context it needs."""
+    trace, seen = wide
+    assert seen == [(i + 1, len(seen)) for i in range(len(seen))]
+    assert trace.frame("SELECT count(*) AS n FROM steps")["n"][0] == len(seen)
+    deepest = trace.frame("SELECT max(n_past + n_tokens) AS n FROM steps WHERE n_prompt = 0")["n"][0]
+    assert deepest <= trace.frame("SELECT min(n_ctx) AS n FROM requests")["n"][0]
+
+
+def test_what_was_accepted_is_judged_like_a_probe(wide):
+    """Accepted drafts are those that the following tokens equal: true counts, though of random prompts."""
+    trace, _ = wide
+    rows = trace.frame(
+        "SELECT request, n_generated, draft_ids, n_accepted, tokens FROM verifications ORDER BY request, n_generated"
+    )
+    text = {r: np.concatenate(g["tokens"].to_list()) for (r,), g in rows.group_by("request", maintain_order=True)}
+    for row in rows.iter_rows(named=True):
+        following = text[row["request"]][row["n_generated"] :]
+        right = [a == b for a, b in zip(row["draft_ids"], following, strict=False)]
+        assert row["n_accepted"] == [*right, False].index(False)
+
+
+def test_stats_show_the_surface(calibrated):
+    """`tracekit stats` of a calibration: the surface and no acceptance, as tables and as JSON."""
+    trace, printed = calibrated
+    text = tracekit("stats", trace.path).stdout
+    for part in ("calibration of hy_v3", "verifies K drafts", "as fast as no MTP", "MTP decodes", "K = 4"):
+        assert part in text
+    assert "Acceptance" not in text
+    summary = summarise(trace).as_json()
+    assert summary["cells"] == printed["cells"]
+    assert summary["acceptance"] == summary["requests"] == []
+
+
+def test_surface_draws(calibrated, tmp_path):
+    """The picture is made with one slot and with several, as SVG too."""
+    trace, _ = calibrated
+    cells = surface.surface(trace)
+    for name, some in (("two.svg", cells), ("one.svg", cells.filter(pl.col("slots") == 1))):
+        assert pictures.save(surface.surface_chart(some), tmp_path / name).read_text().startswith("<svg")
+
+
+def test_calibration_is_no_acceptance_data(calibrated):
+    """Replaying it is refused with one line that says what to do; a trace is no surface either."""
+    trace, _ = calibrated
+    with pytest.raises(TracekitError, match="as its --cost"):
+        positions(trace)
+    with pytest.raises(TracekitError, match="tracekit calibrate"):
+        surface.surface(open_trace(SHIPPED))
+
+
+def test_calibration_prices_a_recorded_trace(wide, tmp_path):
+    """--cost: counts stay the trace's own, times are the calibration's, in replay and tune; too few drafts in it are
+    refused.
+    """
+    trace, _ = wide
+    ask = ["replay", SHIPPED, "--policy", "off,static:n_max=4,8,fallback", "--json"]
+    own, other = (json.loads(tracekit(*ask, *cost).stdout) for cost in ([], ["--cost", trace.path]))
+    for a, b in zip(own, other, strict=True):
+        assert (a["policy"], a["drafted"], a["accepted"]) == (b["policy"], b["drafted"], b["accepted"])
+        assert b["tokens_per_second_low"] <= b["tokens_per_second"] <= b["tokens_per_second_high"]
+    assert own[0]["cost_model"] != other[0]["cost_model"]
+    assert other[1]["speedup"] > other[2]["speedup"]  # eight drafts cost more than four, the same on any machine
+    space = tmp_path / "space.toml"
+    space.write_text("[static]\nn_max = [1, 4, 8]\n")
+    found = json.loads(tracekit("tune", SHIPPED, "--cost", trace.path, "--space", space, "--json").stdout)
+    assert found["n_requests"] == 38
+    assert found["cost_model"] == other[0]["cost_model"]
+
+
+def test_too_few_drafts_are_refused(calibrated):
+    """Costs of four drafts cannot price eight: one line, with the way out."""
+    trace, _ = calibrated
+    with pytest.raises(TracekitError, match="calibrate it with --n-max 8"):
+        fit(trace, 8)
+
+
+def test_fewer_drafts_take_only_what_they_need(wide):
+    """For a workload of fewer drafts, wider decodes and longer catch-ups of the calibration do not count."""
+    trace, _ = wide
+    few, all_ = fit(trace, 4, n_boot=2), fit(trace, 8, n_boot=2)
+    assert few.n_steps < all_.n_steps
+    assert few.cells.filter(pl.col("cost") != "no MTP")["size"].max() == 5
+    prices = all_.prices[len(all_.prices) - 2 * 10 :]
+    assert (np.diff(prices[1:10]) >= 0).all()
+    assert prices[1] > 0
+
+
+def test_only_steps_of_one_slot_price_one_slot(calibrated, models, tmp_path):
+    """Steps of two slots do not change the prices of one; without any of one, one line says what to do."""
+    trace, _ = calibrated
+    counted = fit(trace, PLAN.n_max, n_boot=2).n_steps
+    alone = trace.frame("SELECT count(*) AS n FROM steps WHERE n_slots = 1 AND n_prompt = 0 AND n_catchup <= 5")["n"][0]
+    assert counted == alone
+    path = tmp_path / "two.duckdb"
+    plan = Plan(slots=(2,), contexts=(40,), n_max=2, steps=2, blocks=1)
+    settings, sweep = Settings(n_slots=2, n_ctx=plan.n_ctx(512), n_max=2, threads=1), Sweep(2)
+    with Engine(models["plain"], settings=settings, trace=path, probe=sweep) as engine:
+        calibrate(engine, sweep, plan)
+    with pytest.raises(TracekitError, match="1 among --slots"):
+        fit(open_trace(path), 2)
+
+
+def test_generation_can_go_on_past_the_end_of_text(engine):
+    """`ignore_eos`, which a calibration needs, as in llama.cpp: the same tokens, and then more."""
+    prompts = {p.id: p for p in load("tune")}
+    prompt, sampling = prompts["tune-code-01"].prompt, Sampling(temp=0.8, seed=0)
+    engine.set_arm(mtp=True)
+    ended, went_on = (
+        engine.generate(prompt, max_tokens=40, sampling=sampling, ignore_eos=ignore) for ignore in (False, True)
+    )
+    assert (ended.stop, went_on.stop) == ("eos", "length")
+    assert went_on.tokens[: len(ended.tokens)] == ended.tokens
+    assert Request("x").ignore_eos is False
+
+
+def curve(us: list[float], noise: float) -> pl.DataFrame:
+    """Cells of a made-up target curve at 1, 2, ... batch tokens, each with these quartiles around it."""
+    n = len(us)
+    return pl.DataFrame(
+        {
+            "part": ["target"] * n,
+            "slots": [1] * n,
+            "context": [512] * n,
+            "size": range(n),
+            "tokens": range(1, n + 1),
+            "n": [9] * n,
+            "median_us": us,
+            "low_us": [u - noise for u in us],
+            "high_us": [u + noise for u in us],
+            "rebuilt_us": us,
+            "step_us": us,
+        }
+    )
+
+
+@given(
+    at=st.integers(1, 15),
+    size=st.floats(200, 2000),
+    per_token=st.floats(0, 100),
+    noise=st.floats(0, 20),
+)
+def test_a_jump_is_found_where_it_is(at, size, per_token, noise):
+    """A line with one jump: found after the right width, with its size, and as the only one beyond the noise."""
+    us = [1000 + per_token * i + (size if i >= at else 0.0) for i in range(16 + 1)]
+    (found,) = surface.jumps(curve(us, noise)).filter("beyond_noise").to_dicts()
+    assert found["after_tokens"] == at
+    assert found["jump_us"] == pytest.approx(size)
+
+
+@given(st.lists(st.floats(-5, 5), min_size=17, max_size=17))
+def test_noise_is_no_jump(wobble):
+    """Wobbles well inside the quartiles are not reported."""
+    assert not surface.jumps(curve([1000 + 50 * i + w for i, w in enumerate(wobble)], 40))["beyond_noise"].any()
+
+
+def test_widths_are_drawn_evenly():
+    """A plan asks for every draft length equally often, and for every number of rows caught up again."""
+
+    class Asked(list):
+        """An engine that notes what its sweep asks for."""
+
+        def step(self) -> None:
+            self.append((sweep.n_max, sweep.again))
+
+    from tracekit.engine.calibrate import _Calibration
+
+    sweep, plan = Sweep(4, seed=3), Plan(slots=(1,), contexts=(8,), n_max=4, steps=5)
+    asked = Asked()
+    asked.settings = Settings(n_max=4)
+    _Calibration(asked, sweep, plan, Sampling(), None)._draft()
+    assert Counter(n for n, _ in asked) == dict.fromkeys(range(5), 5)
+    assert set(Counter(again for n, again in asked if n != 1).values()) == {4}
+
+
+MISTAKES = [
+    (["--slots", "0"], "--slots 0: 1 or more"),
+    (["--slots", "1,x"], "--slots 1,x: whole numbers"),
+    (["--contexts", ""], "--contexts : whole numbers"),
+    (["--contexts", "-5"], "--contexts -5: 1 or more"),
+    (["--contexts", "5000", "--ctx-size", "2048"], "--ctx-size 2048 does not hold --contexts 5000"),
+    (["--slots", "1,64"], "raise it to 1088"),
+    (["--n-max", "0"], "--n-max 0: 1 or more"),
+    (["--steps", "1"], "--steps 1: 2 or more"),
+    (["--blocks", "0"], "--blocks 0: 1 or more"),
+    (["--plot", "x.gif"], "a picture ends in"),
+]
+
+
+@pytest.mark.parametrize(("options", "hint"), MISTAKES, ids=[" ".join(m[0]) for m in MISTAKES])
+def test_mistakes_get_one_clear_line(options, hint, models, tmp_path):
+    """Refused before the model is loaded, in one line that names the option, and nothing is written."""
+    path = tmp_path / "x.duckdb"
+    with pytest.raises(TracekitError) as caught:
+        app(["calibrate", str(models["plain"]), "-o", str(path), *options], standalone_mode=False)
+    assert hint in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())

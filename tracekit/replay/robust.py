@@ -1,0 +1,78 @@
+"""Estimators for times measured on a busy machine: most of them right, some far off, in few cells of equal work."""
+
+from __future__ import annotations
+
+import numpy as np
+
+LEAST = 5  # measurements that make a cell
+
+
+def robust_mean(values: np.ndarray) -> float:
+    """Mean of ``values`` with those far off (a descheduled process, not the work) pulled in to eight median deviations.
+
+    A median would be sturdier, but a total is a sum: what counts is the mean, an ordinary slow tail included.
+    """
+    middle = np.median(values)
+    reach = 8 * np.median(np.abs(values - middle)) + 1e-9
+    return float(np.clip(values, middle - reach, middle + reach).mean())
+
+
+def cell_means(times: np.ndarray, keys: np.ndarray, size: int) -> np.ndarray:
+    """Robust mean of ``times`` for each key below ``size``; NaN where fewer than :data:`LEAST` were measured."""
+    cells = np.full(size, np.nan)
+    for key in range(1, size):
+        here = times[keys == key]
+        if len(here) >= LEAST:
+            cells[key] = robust_mean(here)
+    return cells
+
+
+def step_up(y: np.ndarray, flag: np.ndarray, keys: np.ndarray) -> float:
+    """How much more ``y`` is where ``flag`` is 1: differences of medians at equal ``key``, averaged; never negative."""
+    found, weight = [], []
+    for key in np.unique(keys):
+        with_flag, without = y[(keys == key) & (flag == 1)], y[(keys == key) & (flag == 0)]
+        if min(len(with_flag), len(without)) >= LEAST:
+            found.append(np.median(with_flag) - np.median(without))
+            weight.append(min(len(with_flag), len(without)))
+    return max(0.0, float(np.average(found, weights=weight))) if found else 0.0
+
+
+def slopes(x: np.ndarray, y: np.ndarray, keys: np.ndarray) -> tuple[float, float]:
+    """How ``y`` grows with ``x``, which has few values, as ``a + b * key``; neither is negative.
+
+    In each cell of equal ``key`` the slope is a line's through the robust mean at every value of ``x``.
+    """
+    found, weight = {}, {}
+    for key in np.unique(keys):
+        here = keys == key
+        values, counts = np.unique(x[here], return_counts=True)
+        values, counts = values[counts >= LEAST], counts[counts >= LEAST]
+        if len(values) < 2:
+            continue
+        means = np.array([robust_mean(y[here & (x == v)]) for v in values])
+        away = values - np.average(values, weights=counts)
+        weight[key] = float((counts * away**2).sum())
+        slope = float((counts * away * means).sum()) / weight[key]
+        # context cannot cost more than everything there is: a noisy cell must not drive its level below zero
+        found[key] = min(max(slope, 0.0), 0.8 * float((means / values).min()))
+    if not found:
+        return 0.0, 0.0
+    key, slope, w = np.array(list(found)), np.array(list(found.values())), np.array(list(weight.values()))
+    mean_key, mean_slope = np.average(key, weights=w), np.average(slope, weights=w)
+    variance = np.average((key - mean_key) ** 2, weights=w)
+    b = np.average((key - mean_key) * (slope - mean_slope), weights=w) / variance if variance else 0.0
+    b = float(np.clip(b, 0.0, mean_slope / mean_key))
+    return float(mean_slope - b * mean_key), b
+
+
+def line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """Intercept and slope (not negative) of ``y`` over ``x``, through the robust mean at each value of ``x``; a single
+    value is taken to be proportional.
+    """
+    values, counts = np.unique(x, return_counts=True)
+    means = np.array([robust_mean(y[x == v]) for v in values])
+    if len(values) == 1:
+        return 0.0, float(means[0] / values[0])
+    slope = max(0.0, float(np.polyfit(values, means, 1, w=np.sqrt(counts))[0]))
+    return float(np.average(means - slope * values, weights=counts)), slope

@@ -130,6 +130,10 @@ class Context:
         """Logits ``[n_batch, n_vocab]`` of the last decode, one per batch row marked for output, in order; a view."""
         return self._view(lib.logits_address(self._raw), self.n_vocab)
 
+    def best(self, row: int) -> int:
+        """The most likely token at batch row ``row`` of the last decode, the first in the vocabulary of equals."""
+        return int(self._view(lib.logits_row_address(self._raw, row), self.n_vocab)[0].argmax())
+
     def set_sampler(self, seq: int, chain: object | None) -> bool:
         """Have llama.cpp run the sampler ``chain`` on the device for every output row of ``seq`` (a *backend sampler*):
         the logits stay there, what the chain leaves of them comes back. The context keeps the chain, and frees it.

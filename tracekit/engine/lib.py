@@ -88,6 +88,7 @@ decode = _plain(llama.llama_decode, _int, llama.llama_batch)
 synchronize = _plain(llama.llama_synchronize, None)
 memory_remove = _plain(llama.llama_memory_seq_rm, ctypes.c_bool, _int, _int, _int)
 logits_address = _plain(llama.llama_get_logits, ctypes.c_void_p)
+logits_row_address = _plain(llama.llama_get_logits_ith, ctypes.c_void_p, _int)
 hidden_address = _plain(ext.llama_get_embeddings_nextn, ctypes.c_void_p)
 sampled_logits_address = _plain(llama.llama_get_sampled_logits_ith, ctypes.c_void_p, _int)  # of a batch row
 sampled_candidates_address = _plain(llama.llama_get_sampled_candidates_ith, ctypes.c_void_p, _int)

@@ -323,7 +323,8 @@ class Loop:
             )
             if self.probe and self.mtp:
                 greedy = slot.request.sampling.temp == 0 and drafted
-                choices = slot.sampler.choices(self.target, slot.first_row + 1, drafted) if greedy else []
+                rows_drafted = range(slot.first_row + 1, slot.first_row + 1 + drafted) if greedy else ()
+                choices = [slot.sampler.sample(self.target, i) for i in rows_drafted]
                 rows += self.probe.settle(row, choices, slot.tokens[slot.n_prompt :], bool(slot.stop))
             else:
                 rows.append(row)

@@ -48,32 +48,27 @@ class Sampling:
 
 
 class Sampler:
-    """A sampler chain. Draws one random number per emitted token, so a seed gives one text, with or without drafts."""
+    """Greedy, or a sampler chain that draws one random number per emitted token: a seed gives one text, with or without
+    drafts.
+    """
 
     def __init__(self, s: Sampling):
         self.sampling = s
-        self._own = _chain(_drawing(s) if s.temp > 0 else [llama.llama_sampler_init_greedy()])
-        self._chain = self._own
+        self._own = self._chain = _chain(_drawing(s)) if s.temp > 0 else None
+        self._on_device = False
 
     def sample(self, context: Context, row: int) -> int:
-        """The token for batch row ``row`` of the last decode; the chain takes note of it."""
-        if self._chain is None:
-            return context.candidate(row)
-        return llama.llama_sampler_sample(self._chain, context.handle, row)
+        """The token for batch row ``row`` of the last decode; a chain takes note of it."""
+        if self._chain is not None:
+            return llama.llama_sampler_sample(self._chain, context.handle, row)
+        return context.candidate(row) if self._on_device else context.best(row)
 
-    def choices(self, context: Context, row: int, n: int) -> list[int]:
-        """What a greedy chain would choose at the batch rows ``row`` to ``row + n``, which must be marked for output as
-        must all before them.
-        """
-        if self._chain is None:
-            return [context.candidate(row + i) for i in range(n)]
-        return context.logits()[row : row + n].argmax(-1).tolist()
-
-    def move_to(self, chain: object | None) -> None:
-        """Let ``chain``, which the device runs, go on from here with this one's random numbers; None: a greedy one."""
-        if chain is not None:
+    def move_to(self, chain: object) -> None:
+        """Leave sampling to ``chain``, which the device runs, with this one's random numbers."""
+        self._on_device = True
+        if self._own is not None:
             llama.llama_sampler_copy(self._own, chain)
-        self._chain = chain
+            self._chain = chain
 
     def close(self) -> None:
         """Free the chain, but for one on the device."""
@@ -113,7 +108,7 @@ class BackendSampling:
             elif not self._attach(seq, s):
                 log.warning("slot %d: the device does not run %s; the processor samples", seq, s)
         if self._on_device[seq] is not None:
-            sampler.move_to(self._on_device[seq][1] if s.temp > 0 else None)
+            sampler.move_to(self._on_device[seq][1])
 
     def _attach(self, seq: int, s: Sampling) -> bool:
         # greedy: temperature 0 leaves one candidate, whose id is all that is copied; llama.cpp's greedy sampler would

@@ -203,6 +203,28 @@ def test_only_steps_of_one_slot_price_one_slot(calibrated, models, tmp_path):
         fit(open_trace(path), 2)
 
 
+@pytest.mark.parametrize("after", [3, 40])
+def test_interrupted_calibration_is_usable(models, tmp_path, after):
+    """Stopped before or amid its measurements, what was measured is there, and its statistics say that it was cut."""
+    plan = Plan(slots=(1,), contexts=(40,), n_max=2, steps=4, blocks=3)
+    settings, sweep = Settings(n_ctx=plan.n_ctx(512), n_max=2, threads=1), Sweep(2)
+    path = tmp_path / "cut.duckdb"
+
+    def stop(done: int, _: int) -> None:
+        if done == after:
+            raise KeyboardInterrupt
+
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Engine(models["plain"], settings=settings, trace=path, probe=sweep) as engine,
+    ):
+        calibrate(engine, sweep, plan, progress=stop)
+    summary = summarise(open_trace(path))
+    assert (summary.surface.height > 3) == (after > 3)
+    assert len(surface.surface_tables(summary.surface)) >= 3
+    pictures.save(surface.surface_chart(summary.surface), tmp_path / "cut.svg")
+
+
 def test_generation_can_go_on_past_the_end_of_text(engine):
     """`ignore_eos`, which a calibration needs, as in llama.cpp: the same tokens, and then more."""
     prompts = {p.id: p for p in load("tune")}

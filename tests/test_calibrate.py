@@ -205,7 +205,7 @@ def test_only_steps_of_one_slot_price_one_slot(calibrated, models, tmp_path):
 
 @pytest.mark.parametrize("after", [3, 40])
 def test_interrupted_calibration_is_usable(models, tmp_path, after):
-    """Stopped before or amid its measurements, what was measured is there, and its statistics say that it was cut."""
+    """Stopped before or amid its measurements: what was measured until then is shown."""
     plan = Plan(slots=(1,), contexts=(40,), n_max=2, steps=4, blocks=3)
     settings, sweep = Settings(n_ctx=plan.n_ctx(512), n_max=2, threads=1), Sweep(2)
     path = tmp_path / "cut.duckdb"

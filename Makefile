@@ -8,11 +8,24 @@ STAMP := $(VENV)/.installed
 # llama-cpp-python is built for this machine; its multimodal half is not needed
 export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF
 
-.PHONY: demo test lint bench notebook clean
+.PHONY: demo demo-cuda test lint bench notebook clean
 
 # The whole loop on the reference model: record, replay, tune, apply, verify; results in demo/
 demo: $(STAMP)
 	$(BIN)/tracekit demo -o demo --force
+
+# The same on this machine's NVIDIA GPU, at production-like sizes; results in campaign/ (docs/cuda.md). It goes on where it
+# was stopped. Nothing cached is used for llama-cpp-python: a wheel built without CUDA would be taken in silence.
+CUDA_BIN := .venv-cuda/bin
+demo-cuda:
+	@command -v nvcc >/dev/null || { echo "no nvcc: install NVIDIA's CUDA toolkit, or see docs/cuda.md"; exit 2; }
+	@test -d .venv-cuda || $(PYTHON) -m venv .venv-cuda
+	@test -f .venv-cuda/.installed || { echo "Building llama.cpp with CUDA for this GPU: minutes on 16 cores."; \
+	    CMAKE_ARGS="-DGGML_CUDA=on -DCMAKE_CUDA_ARCHITECTURES=native -DLLAVA_BUILD=OFF" CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) \
+	    $(CUDA_BIN)/python -m pip install --disable-pip-version-check --no-cache-dir -e ".[engine]" \
+	    && touch .venv-cuda/.installed; }
+	$(CUDA_BIN)/tracekit doctor --require-gpu
+	$(CUDA_BIN)/tracekit campaign cuda -o campaign
 
 # Every test, on real model runs; the linter is one of them
 test: $(STAMP)
@@ -43,4 +56,4 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info
+	rm -rf $(VENV) .venv-cuda demo build dist *.egg-info

@@ -27,9 +27,12 @@ MAY_IMPORT = {
     "testing": {"errors", "policy", "replay"},
     "report": {"errors", "trace", "policy", "replay", "tune", "verify"},
     "verify": {"errors", "trace", "policy", "replay", "engine"},
-    "demo": {"errors", "trace", "policy", "replay", "tune", "engine", "model", "verify"},
+    "study": {"errors", "trace", "policy", "replay", "tune", "engine", "model", "verify"},
+    "demo": {"errors", "engine", "model", "study"},
+    "campaign": {"errors", "policy", "engine", "model", "study"},
     "api": {"errors", "trace", "policy", "replay", "tune", "report"},
-    "cli": {"errors", "trace", "policy", "replay", "tune", "report", "engine", "model", "verify", "demo"},
+    "cli": {"errors", "trace", "policy", "replay", "tune", "report", "engine", "model", "verify", "study", "demo"}
+    | {"campaign"},
     "__main__": {"errors", "cli"},
     "__init__": set(),
 }

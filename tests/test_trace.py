@@ -21,6 +21,7 @@ TABLES = {
     "request_ends": rows.RequestEnd,
     "steps": rows.Step,
     "verifications": rows.Verification,
+    "gpu_readings": rows.GpuReading,
 }
 
 

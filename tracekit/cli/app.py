@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import typer
 
-from tracekit.cli import calibrate, demo, doctor, generate, model, policies, record, replay, sql, stats, tune, verify
+from tracekit.cli import (
+    calibrate,
+    campaign,
+    demo,
+    doctor,
+    generate,
+    model,
+    policies,
+    record,
+    replay,
+    sql,
+    stats,
+    tune,
+    verify,
+)
 
 app = typer.Typer(
     help="Decide, from real traces, whether and how a llama.cpp model should speculate.",
@@ -27,6 +41,7 @@ app.command("verify")(verify.verify)
 app.command("generate")(generate.generate)
 app.command("sql")(sql.sql)
 app.command("demo")(demo.demo)
+app.command("campaign")(campaign.campaign)
 
 
 @app.callback(invoke_without_command=True)

@@ -31,16 +31,13 @@ def demo(
 ) -> None:
     """Record, replay, tune, apply and verify on the reference model: should it speculate, how, and how sure are we?"""
     from tracekit.demo import Plan, run
-    from tracekit.report import pictures, tables
+    from tracekit.report import pictures
+    from tracekit.study import Workload
 
-    plan = Plan(layers, width, dtype, max_tokens, temp, repeats, prompts_per_category, seed, threads)
-    story = run(plan, output, out.say, out.progress, force, resume)
+    workload = Workload(max_tokens, temp, repeats, prompts_per_category, seed)
+    story = run(Plan(layers, width, dtype, threads, workload), output, out.teller(), force, resume)
     for head in story.heads:
-        out.print_table(tables.verdict_table(head.verdict, title=f"{head.name} head"))
-        out.print_table(tables.categories_table(head.verdict))
-        print(head.verdict.sentence)
-        print(head.tuned.evidence.advice)
-        print()
+        out.print_finding(head, f"{head.name} head")
     for path in story.files:
         out.wrote(path)
     out.wrote(pictures.save(pictures.verdict_chart(story.frame), output / "verdict.png"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,33 +12,44 @@ from tracekit.cli import options, out
 
 def doctor(
     model: Annotated[Path | None, typer.Argument(metavar="[MODEL]", help="A GGUF file to look at too.")] = None,
+    gpu_layers: options.GpuLayers = -1,
+    require_gpu: Annotated[
+        bool, typer.Option("--require-gpu", help="Fail unless there is a GPU, and the model's layers are on it.")
+    ] = False,
     json: options.Json = False,
 ) -> None:
-    """Devices, the llama.cpp build, and for a model: NextN layers, memory kind, and what will work."""
-    from tracekit.engine import lib
-    from tracekit.engine.doctor import examine
-    from tracekit.engine.provenance import driver, machine
+    """Devices, the llama.cpp build, and for a model: where it lies, NextN layers, memory kind, what will work."""
+    from tracekit.engine.doctor import demand_gpu, examine, surroundings
 
-    facts = {
-        "llama_cpp": lib.build(),
-        "devices": [{"name": n, "description": d, "memory_bytes": b} for n, d, b in lib.devices()],
-        "driver": driver(),
-        "machine": machine(),
-    }
+    facts = surroundings()
     if model is not None:
-        facts["model"] = examine(model)
+        facts["model"] = examine(model, gpu_layers)
     if json:
         out.print_json(facts)
-        return
+    else:
+        _print(facts)
+    if require_gpu:
+        demand_gpu(facts)
+
+
+def _print(facts: dict[str, Any]) -> None:
     print(facts["llama_cpp"])
     for device in facts["devices"]:
         print(f"device   {device['name']}: {device['description']}, {device['memory_bytes'] / 2**30:.1f} GiB")
-    if facts["driver"]:
-        print(f"driver   {facts['driver']}")
-    print(
-        f"machine  {facts['machine']['processor']}, {facts['machine']['cpus']} CPUs, Python "
-        f"{facts['machine']['python']}"
-    )
-    if model is not None:
-        for key, value in facts["model"].items():
+    for gpu in facts["machine"]["gpus"]:
+        print(
+            f"gpu      {gpu['name']}, driver {gpu['driver']}, CUDA {gpu['cuda_driver']}, compute capability "
+            f"{gpu['compute_capability']}, at most {gpu['power_limit_w']:.0f} W and {gpu['sm_clock_max_mhz']} MHz"
+        )
+    if facts["machine"]["cuda_graphs"] is not None:
+        print(f"graphs   CUDA launches {'whole graphs' if facts['machine']['cuda_graphs'] else 'single kernels'}")
+    machine = facts["machine"]
+    print(f"machine  {machine['processor']}, {machine['cpus']} CPUs, Python {machine['python']}")
+    for key, value in facts.get("model", {}).items():
+        if key == "placement":
+            print(f"{'layers on':17s} {', '.join(f'{device}: {n}' for device, n in value['layers'].items())}")
+            weights = value["buffers"].get("model", {})
+            print(f"{'weights in':17s} {', '.join(f'{name}: {b / 2**20:.0f} MiB' for name, b in weights.items())}")
+            print(f"{'flash attention':17s} {value['flash_attn'] or 'not told'}")
+        else:
             print(f"{key:17s} {value}")

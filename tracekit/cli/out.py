@@ -11,15 +11,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from typing import TextIO
+
     from rich.table import Table
 
+    from tracekit.study import Finding, Teller
 
-def print_table(table: Table) -> None:
-    """Print a table; to a pipe, as wide as it needs to be."""
+
+def print_table(table: Table, file: TextIO | None = None) -> None:
+    """Print a table, to standard output or ``file``; where that is no terminal, as wide as it needs to be."""
     from rich.console import Console
 
-    console = Console() if sys.stdout.isatty() else Console(width=1000)
+    console = Console() if file is None and sys.stdout.isatty() else Console(file=file, width=1000)
     console.print(table)
+
+
+def print_finding(finding: Finding, title: str, file: TextIO | None = None) -> None:
+    """Print what a study came to: the arms, the categories, the verdict and the advice."""
+    from tracekit.report import tables
+
+    print_table(tables.verdict_table(finding.verdict, title=title), file)
+    print_table(tables.categories_table(finding.verdict), file)
+    print(finding.verdict.sentence, file=file)
+    print(finding.tuned.evidence.advice, file=file)
+    print(file=file)
 
 
 def print_json(content: Any) -> None:
@@ -68,6 +83,13 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
             say(f"{what}: {done}/{total}, {(now - started) / done * (total - done):.0f} s left")
 
     yield update
+
+
+def teller() -> Teller:
+    """How long work keeps a person informed."""
+    from tracekit.study import Teller
+
+    return Teller(say, progress)
 
 
 def show_log() -> None:

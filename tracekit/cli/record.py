@@ -55,16 +55,14 @@ def record(
     loaded = load(prompts)
     chosen = parse_one(policy) if policy else None
 
-    from tracekit.engine import Engine, Probe, Request, Sampling
+    from tracekit.engine import Engine, Probe
+    from tracekit.engine.record import as_requests
     from tracekit.engine.record import record as record_requests
 
     settings = options.settings(
         n_max, ctx_size, batch_size, threads, gpu_layers, parallel, cache_type_k, cache_type_v, flash_attn
     )
-    requests = [
-        Request(p.prompt, max_tokens, Sampling(temp=temp, seed=seed + i), prompt_id=p.id, category=p.category)
-        for i, p in enumerate(loaded)
-    ]
+    requests = as_requests(loaded, max_tokens, temp, seed)
     probe = Probe(n_max, seed) if mode == "probe" else None
     out.show_log()
     with (

@@ -65,9 +65,9 @@ def verify(
     loaded = load(prompts)
     cost = fit(open_trace(trace), n_max) if trace else None
 
-    from tracekit.engine import Request, Sampling
     from tracekit.engine.model import sha256_of
     from tracekit.engine.provenance import device_name
+    from tracekit.engine.record import as_requests
     from tracekit.verify import Arm, standard_arms
     from tracekit.verify import verify as run
 
@@ -84,10 +84,7 @@ def verify(
     settings = options.settings(
         n_max, ctx_size, batch_size, threads, gpu_layers, 1, cache_type_k, cache_type_v, flash_attn
     )
-    requests = [
-        Request(p.prompt, max_tokens, Sampling(temp=temp, seed=seed + i), prompt_id=p.id, category=p.category)
-        for i, p in enumerate(loaded)
-    ]
+    requests = as_requests(loaded, max_tokens, temp, seed)
     with out.progress("live runs") as update:
         verdict = run(
             model, [*standard_arms(tuned.policy, n_max), *(Arm(p.label, p) for p in others)], requests, settings,

@@ -1,49 +1,85 @@
-"""What a model can do here, found by trying: NextN layers, and how its memory forgets."""
+"""What this machine has and what a model can do on it, found by trying: where layers lie, how memory forgets."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from tracekit.engine import lib
 from tracekit.engine.context import Batch, Context
 from tracekit.engine.model import Model
+from tracekit.engine.placement import Placement
+from tracekit.engine.provenance import machine
 from tracekit.engine.settings import CACHE_TYPES, physical_cores
+from tracekit.errors import TracekitError
 
 
-def examine(path: str | Path) -> dict[str, Any]:
-    """Facts about the GGUF file ``path`` and a verdict. ``memory``: ``partial``, or ``checkpoint`` where
-    ``llama_memory_seq_rm`` fails.
+def surroundings() -> dict[str, Any]:
+    """The llama.cpp build, every device that it can compute on, and the machine, as a trace's provenance has them."""
+    devices = [{"name": n, "description": d, "memory_bytes": b} for n, d, b in lib.devices()]
+    return {"llama_cpp": lib.build(), "devices": devices, "machine": machine()}
+
+
+def demand_gpu(facts: dict[str, Any]) -> None:
+    """Raise :class:`TracekitError` unless ``facts`` (:func:`surroundings`; ``model``: :func:`examine`) tell of a GPU
+    that llama.cpp can use, and of a model that lies on it.
     """
-    model = Model(path, gpu_layers=0)
-    try:
-        facts = model.facts
-        threads = physical_cores()
-        f16 = CACHE_TYPES["f16"]
-        context = Context(model, 1, 64, 32, 32, threads, f16, f16, -1)
+    if all(device["name"].startswith("CPU") for device in facts["devices"]):
+        seen = f"the driver shows {facts['machine']['gpus'][0]['name']}, but " if facts["machine"]["gpus"] else ""
+        raise TracekitError(
+            f"{seen}llama.cpp sees no GPU; build it with CUDA: `make demo-cuda`, or docs/cuda.md for a machine offline"
+        )
+    if "model" in facts:
+        Placement(**{k: v for k, v in facts["model"]["placement"].items() if k != "on_gpu"}).demand_gpu(
+            facts["model"]["file"]
+        )
+
+
+def examine(path: str | Path, gpu_layers: int = -1) -> dict[str, Any]:
+    """Facts about the GGUF file ``path``, loaded with ``gpu_layers``, and a verdict.
+
+    ``memory``: ``partial``, or ``checkpoint`` where ``llama_memory_seq_rm`` fails. ``placement``: layers by device,
+    buffers by backend, and what flash attention ``auto`` comes to (:class:`tracekit.engine.placement.Placement`).
+    """
+    with lib.listening() as log:
+        model = Model(path, gpu_layers)
         try:
-            batch = Batch(32)
-            batch.extend([0, 0, 0, 0], 0, 0, True)
-            context.decode(batch)
-            memory = "partial" if context.remove(0, 2) else "checkpoint"
+            facts = model.facts
+            memory = _memory_kind(model)
         finally:
-            context.close()
-        works = []
-        if facts.n_layer_nextn == 0:
-            works.append("no NextN layers: nothing to draft with; give a sidecar with --draft-model")
-        elif facts.n_layer_nextn > 1:
-            works.append(f"{facts.n_layer_nextn} chained NextN layers: not supported yet")
-        if memory != "partial":
-            works.append("its memory cannot forget single tokens: not supported yet")
-        return {
-            "file": facts.path,
-            "architecture": facts.arch,
-            "description": facts.desc,
-            "parameters": facts.n_params,
-            "layers": facts.n_layer,
-            "NextN layers": facts.n_layer_nextn,
-            "trained context": facts.n_ctx_train,
-            "memory": memory,
-            "verdict": "; ".join(works) or "MTP drafting works with this model",
-        }
+            model.close()
+    placement = Placement.of(log)
+    works = []
+    if facts.n_layer_nextn == 0:
+        works.append("no NextN layers: nothing to draft with; give a sidecar with --draft-model")
+    elif facts.n_layer_nextn > 1:
+        works.append(f"{facts.n_layer_nextn} chained NextN layers: not supported yet")
+    if memory != "partial":
+        works.append("its memory cannot forget single tokens: not supported yet")
+    if gpu_layers and not placement.on_gpu and any(not name.startswith("CPU") for name, _, _ in lib.devices()):
+        works.append("a GPU is there and does not hold all layers: more memory, or a smaller type, would help")
+    return {
+        "file": facts.path,
+        "architecture": facts.arch,
+        "description": facts.desc,
+        "parameters": facts.n_params,
+        "layers": facts.n_layer,
+        "NextN layers": facts.n_layer_nextn,
+        "trained context": facts.n_ctx_train,
+        "memory": memory,
+        "placement": placement.as_dict(),
+        "verdict": "; ".join(works) or "MTP drafting works with this model",
+    }
+
+
+def _memory_kind(model: Model) -> str:
+    """How the model's memory takes tokens back out, found by trying."""
+    f16 = CACHE_TYPES["f16"]
+    context = Context(model, 1, 64, 32, 32, physical_cores(), f16, f16, -1)
+    try:
+        batch = Batch(32)
+        batch.extend([0, 0, 0, 0], 0, 0, True)
+        context.decode(batch)
+        return "partial" if context.remove(0, 2) else "checkpoint"
     finally:
-        model.close()
+        context.close()

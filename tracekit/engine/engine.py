@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter_ns
 
+from tracekit.engine import lib
 from tracekit.engine.context import Context
 from tracekit.engine.drafter import Drafter, MtpDrafter
 from tracekit.engine.loop import Loop
 from tracekit.engine.model import Model
+from tracekit.engine.placement import Placement
 from tracekit.engine.probe import Probe
 from tracekit.engine.provenance import run_facts
 from tracekit.engine.recorder import Recorder, free_path
@@ -31,8 +33,8 @@ class Engine:
     ``policy`` (a policy, a tuned one, or its text) decides for requests that bring none; the default is ``off``.
     ``draft_model`` is a sidecar GGUF for models whose NextN block has a file of its own. With ``mtp`` false no NextN
     block is loaded and nothing is ever drafted. ``trace`` records into that new DuckDB file (so does the environment
-    variable ``TRACEKIT_TRACE``); ``probe`` turns every request into a measurement. Raises :class:`TracekitError` for
-    a model without NextN layers where ``mtp`` is wanted.
+    variable ``TRACEKIT_TRACE``); ``probe`` turns every request into a measurement. ``placement`` says where layers and
+    buffers came to lie. Raises :class:`TracekitError` for a model without NextN layers where ``mtp`` is wanted.
     """
 
     def __init__(
@@ -58,16 +60,18 @@ class Engine:
         self._probe = probe
         self._n_requests = 0
         try:
-            self.model = Model(model, self.settings.gpu_layers, mtp and draft_model is None)
-            self._target = self._context(self.model)
-            if mtp:
-                self._drafter = self._make_drafter(draft_model)
+            with lib.listening() as log:
+                self.model = Model(model, self.settings.gpu_layers, mtp and draft_model is None)
+                self._target = self._context(self.model)
+                if mtp:
+                    self._drafter = self._make_drafter(draft_model)
+            self.placement = Placement.of(log)
             self._check(self.policy)
             self._loop = Loop(self.model, self._target, self._drafter, PartialRollback(self._target), self.settings)
             self._loop.probe = probe
             path = trace or free_path(os.environ.get("TRACEKIT_TRACE"))
             if path:
-                facts = run_facts(self.model, self.draft_model, self.settings, self.policy, probe)
+                facts = run_facts(self.model, self.draft_model, self.settings, self.policy, probe, self.placement)
                 self.recorder = Recorder(path, facts, force=force)
                 self._loop.observer = self.recorder
         except BaseException:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -21,6 +24,7 @@ _NEEDED = ("llama_model_n_layer_nextn", "llama_memory_seq_rm", "llama_sampler_sa
 
 log = logging.getLogger("tracekit.llama_cpp")
 _recent: deque[str] = deque(maxlen=200)
+_listeners: list[list[str]] = []
 
 
 def _load():
@@ -53,6 +57,8 @@ def _on_log(level: int, text: bytes, _user_data) -> None:
     line = text.decode("utf-8", errors="replace").rstrip("\n")
     if line:
         _recent.append(line)
+        for heard in _listeners:
+            heard.append(line)
         log.debug("%s", line)
 
 
@@ -78,6 +84,17 @@ def last_error(since: str = "") -> str:
     return since
 
 
+@contextmanager
+def listening() -> Iterator[list[str]]:
+    """Everything that llama.cpp logs inside the block, a list that grows line by line."""
+    heard: list[str] = []
+    _listeners.append(heard)
+    try:
+        yield heard
+    finally:
+        _listeners.remove(heard)
+
+
 def build() -> str:
     """Version of llama-cpp-python and llama.cpp's system information (instruction sets, back ends)."""
     info = llama.llama_print_system_info().decode()
@@ -86,8 +103,20 @@ def build() -> str:
 
 def _ggml() -> ctypes.CDLL:
     folder = Path(llama.__file__).parent / "lib"
-    path = next((p for p in (folder / f"libggml.{s}" for s in ("so", "dylib")) if p.exists()), None)
+    # by its soname, so that this is the library that llama.cpp has loaded and not a second copy of it
+    path = next((p for p in (folder / f"libggml.{s}" for s in ("so.0", "so", "0.dylib", "dylib")) if p.exists()), None)
     return ctypes.CDLL(str(path)) if path else llama._lib
+
+
+def cuda_graphs() -> bool | None:
+    """Whether CUDA launches whole graphs; None in a build without CUDA.
+
+    Source: ggml/src/ggml-cuda/ggml-cuda.cu (feature USE_GRAPHS, environment variable GGML_CUDA_DISABLE_GRAPHS).
+    """
+    info = llama.llama_print_system_info().decode()
+    if "CUDA :" not in info:
+        return None
+    return "USE_GRAPHS = 1" in info and "GGML_CUDA_DISABLE_GRAPHS" not in os.environ
 
 
 def devices() -> list[tuple[str, str, int]]:

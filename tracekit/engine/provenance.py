@@ -5,15 +5,15 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-import shutil
-import subprocess
 import uuid
 from pathlib import Path
 from typing import Any
 
 import tracekit
 from tracekit.engine import lib
+from tracekit.engine.gpu import driver, gpus
 from tracekit.engine.model import Model
+from tracekit.engine.placement import Placement
 from tracekit.engine.probe import Probe
 from tracekit.engine.settings import Settings
 from tracekit.policy.rule import Policy
@@ -21,9 +21,14 @@ from tracekit.trace import schema
 
 
 def run_facts(
-    model: Model, draft_model: Model | None, settings: Settings, policy: Policy, probe: Probe | None
+    model: Model,
+    draft_model: Model | None,
+    settings: Settings,
+    policy: Policy,
+    probe: Probe | None,
+    placement: Placement,
 ) -> dict[str, Any]:
-    """The ``runs`` row for a recording that an engine of these parts starts now."""
+    """The ``runs`` row for a recording that an engine of these parts, placed so, starts now."""
     facts = model.facts
     return {
         "run": 0,
@@ -46,7 +51,7 @@ def run_facts(
         "device": device_name(),
         "driver": driver(),
         "settings": settings.as_dict() | ({"probe_seed": probe.seed} if probe else {}),
-        "machine": machine(),
+        "machine": machine() | {"placement": placement.as_dict()},
     }
 
 
@@ -56,7 +61,9 @@ def device_name() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Operating system, processor, cores, memory and Python of this machine."""
+    """Operating system, processor, cores, memory, Python and NVIDIA GPUs of this machine, and whether CUDA launches
+    whole graphs (None without CUDA).
+    """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
     return {
         "system": platform.platform(),
@@ -64,6 +71,8 @@ def machine() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "memory_bytes": memory,
         "python": platform.python_version(),
+        "gpus": gpus(),
+        "cuda_graphs": lib.cuda_graphs(),
     }
 
 
@@ -75,17 +84,3 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def driver() -> str | None:
-    """Version of the NVIDIA driver, or None without one."""
-    if not shutil.which("nvidia-smi"):
-        return None
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return (
-            subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split("\n")[0]
-            or None
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None

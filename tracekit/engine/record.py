@@ -10,14 +10,30 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 from tracekit.engine.engine import Engine
+from tracekit.engine.sampling import Sampling
 from tracekit.engine.slot import Completion, Request
 from tracekit.policy.rule import rule
 
 BASELINE_TOKENS = 48
 
 Progress = Callable[[int, int], None]
+
+
+class _Prompt(Protocol):
+    id: str
+    category: str
+    prompt: str
+
+
+def as_requests(prompts: Sequence[_Prompt], max_tokens: int, temp: float, seed: int) -> list[Request]:
+    """A request for each prompt; request ``i`` samples with ``seed + i``."""
+    return [
+        Request(p.prompt, max_tokens, Sampling(temp=temp, seed=seed + i), prompt_id=p.id, category=p.category)
+        for i, p in enumerate(prompts)
+    ]
 
 
 def record(

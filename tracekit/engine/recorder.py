@@ -10,13 +10,14 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import duckdb
 
-from tracekit.trace.rows import RequestEnd, RequestRow, RunEnd, Step, Verification
+from tracekit.engine.gpu import GpuSensors
+from tracekit.trace.rows import GpuReading, RequestEnd, RequestRow, RunEnd, Step, Verification
 from tracekit.trace.writer import TraceWriter
 
 log = logging.getLogger("tracekit.engine")
@@ -26,10 +27,18 @@ class Recorder:
     """Writes one run into a new trace file; an :class:`~tracekit.engine.loop.Observer`.
 
     Raises :class:`~tracekit.errors.TracekitError` where the file exists and ``force`` is false. ``interval_s``:
-    seconds between commits.
+    seconds between commits. ``sensors(run, t_us)`` is asked before each what the GPUs are doing.
     """
 
-    def __init__(self, path: str | Path, run: Mapping[str, Any], force: bool = False, interval_s: float = 0.9):
+    def __init__(
+        self,
+        path: str | Path,
+        run: Mapping[str, Any],
+        force: bool = False,
+        interval_s: float = 0.9,
+        sensors: Callable[[int, int], list[GpuReading]] | None = None,
+    ):
+        self._sensors = sensors or GpuSensors()
         self.run = run["run"]
         self.path = Path(path)
         self.failed = ""
@@ -73,7 +82,13 @@ class Recorder:
         if not self.failed and (steps or requests or ended):
             try:
                 self._writer.append(
-                    {"requests": requests, "steps": steps, "verifications": verifications, "request_ends": ended}
+                    {
+                        "requests": requests,
+                        "steps": steps,
+                        "verifications": verifications,
+                        "request_ends": ended,
+                        "gpu_readings": self._sensors(self.run, self._last_us),
+                    }
                 )
             except (duckdb.Error, OSError) as error:
                 self.failed = str(error).splitlines()[0]

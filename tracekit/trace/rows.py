@@ -70,6 +70,20 @@ class Step(NamedTuple):
     wall_us: int
 
 
+class GpuReading(NamedTuple):
+    """What one GPU was doing at one moment; -1 for what it does not tell."""
+
+    run: int
+    t_us: int
+    gpu: int
+    sm_clock_mhz: int
+    mem_clock_mhz: int
+    power_w: float
+    temperature_c: int
+    utilization_ratio: float
+    memory_used_bytes: int
+
+
 class Verification(NamedTuple):
     """One slot's share of one step."""
 

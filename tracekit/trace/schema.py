@@ -32,7 +32,8 @@ CREATE TABLE runs (                      -- one row per recording session: where
     device VARCHAR NOT NULL,             -- device names, or the processor's
     driver VARCHAR,
     settings JSON NOT NULL,              -- every engine setting: n_ctx, n_batch, n_threads, cache types, ...
-    machine JSON NOT NULL                -- operating system, processor, cores, Python
+    machine JSON NOT NULL                -- operating system, processor, cores, Python; GPUs with driver, CUDA and
+                                         -- limits; cuda_graphs; placement: layers by device, buffers, flash attention
 );
 CREATE TABLE run_ends (                  -- absent for a run that was cut off
     run SMALLINT PRIMARY KEY,
@@ -88,6 +89,17 @@ CREATE TABLE steps (                     -- one llama_decode of the target, and 
     policy_us INTEGER NOT NULL,
     record_us INTEGER NOT NULL,          -- of the step before
     wall_us INTEGER NOT NULL             -- the whole step
+);
+CREATE TABLE gpu_readings (              -- what NVIDIA GPUs were doing, once per commit (0.9 s); -1: not told. Read,
+    run SMALLINT NOT NULL,               -- never set. Files of tracekit 0.1 lack the table
+    t_us BIGINT NOT NULL,                -- end of the newest step then, since the run's first step
+    gpu SMALLINT NOT NULL,
+    sm_clock_mhz INTEGER NOT NULL,
+    mem_clock_mhz INTEGER NOT NULL,
+    power_w REAL NOT NULL,
+    temperature_c SMALLINT NOT NULL,
+    utilization_ratio REAL NOT NULL,     -- share of the last moments in which a kernel ran
+    memory_used_bytes BIGINT NOT NULL
 );
 CREATE TABLE verifications (             -- one slot's share of one step
     run SMALLINT NOT NULL,

@@ -31,6 +31,11 @@ class TraceFile:
         """The recording sessions, one row each, with their provenance."""
         return self.frame("SELECT * FROM runs LEFT JOIN run_ends USING (run) ORDER BY run")
 
+    @cached_property
+    def tables(self) -> frozenset[str]:
+        """Tables and views in the file."""
+        return frozenset(self.frame("SELECT table_name FROM information_schema.tables")["table_name"])
+
     @property
     def trace_id(self) -> str:
         """Identity of what was recorded: the trace ids of all runs."""

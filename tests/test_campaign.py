@@ -1,0 +1,184 @@
+"""A campaign on the processor: the stages that a lent GPU will run, small, stopped half-way and gone on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tracekit import campaign
+from tracekit.campaign import PLANS, read_plan, shipped_plans
+from tracekit.engine import Engine
+from tracekit.engine.doctor import demand_gpu, examine, surroundings
+from tracekit.engine.gpu import GpuSensors, gpus
+from tracekit.engine.placement import Placement
+from tracekit.engine.recorder import Recorder
+from tracekit.errors import TracekitError
+from tracekit.policy import file
+from tracekit.trace.rows import GpuReading
+from tracekit.trace.store import open_trace
+
+CUDA_LOG = """\
+load_tensors: layer   0 assigned to device CUDA0, is_swa = 0
+load_tensors: layer   1 assigned to device CUDA0, is_swa = 0
+load_tensors: offloaded 2/2 layers to GPU
+load_tensors:   CPU_Mapped model buffer size =     1.00 MiB
+load_tensors:        CUDA0 model buffer size =   100.50 MiB
+llama_context: flash_attn            = auto
+llama_kv_cache:      CUDA0 KV buffer size =    16.00 MiB
+resolve_fused_ops: Flash Attention enabled
+"""
+
+
+def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess:
+    """`tracekit campaign` with ``arguments``, from outside."""
+    command = [sys.executable, "-m", "tracekit", "campaign", *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr
+    return result
+
+
+def test_a_campaign_goes_on_where_it_stopped(tmp_path):
+    """Without time nothing begins; the same command then does it all, a third time nothing; another plan is refused."""
+    folder, models = tmp_path / "out", tmp_path / "models"
+    options = ["-o", folder, "--models", models]
+    assert "goes on" in run("smoke", *options, "--minutes", 1e-9, code=3).stderr
+    result = run("smoke", *options)
+    plan = read_plan("smoke")[0]
+    traces = {f"tiny-{name}.duckdb" for name in ("aligned", "misaligned", "calibration", *(v.name for v in plan.live))}
+    studies = {f"tiny-{head}.{ending}" for head in ("aligned", "misaligned") for ending in ("toml", "json")}
+    assert {p.name for p in folder.iterdir()} == traces | studies | {
+        "plan.toml", "environment.json", "tables.txt", "verdict.png",
+    }  # fmt: skip  # what every campaign leaves
+    assert "tiny-misaligned" in result.stdout
+    assert result.stdout.strip() == (folder / "tables.txt").read_text().strip()
+    for name in traces:
+        ends = open_trace(folder / name).runs["wall_us"]
+        assert ends.is_not_null().all(), name
+    assert file.read(folder / "tiny-misaligned.toml").evidence.trace == "tiny-misaligned.duckdb"
+    live = open_trace(folder / f"tiny-{plan.live[0].name}.duckdb").frame("SELECT max(n_slots) AS n FROM steps")
+    assert live["n"][0] == plan.live[0].slots
+
+    before = {p: p.stat().st_mtime_ns for p in folder.glob("*.duckdb")}
+    run("smoke", *options)
+    assert before == {p: p.stat().st_mtime_ns for p in folder.glob("*.duckdb")}
+    assert "not of a campaign with this plan" in run("cuda", *options, code=2).stderr
+
+
+def test_environment_says_where_the_model_lies(models):
+    """What the doctor finds is what llama.cpp said: here, every layer on the processor."""
+    facts = surroundings() | {"model": examine(models["plain"])}
+    placement = facts["model"]["placement"]
+    assert set(placement["layers"]) == {"CPU"}
+    assert sum(placement["layers"].values()) == facts["model"]["layers"] + facts["model"]["NextN layers"] + 1
+    assert sum(placement["buffers"]["model"].values()) > 4 * facts["model"]["parameters"] * 0.9
+    assert placement["flash_attn"] in ("enabled", "disabled")
+    if not facts["machine"]["gpus"]:
+        with pytest.raises(TracekitError, match="llama.cpp sees no GPU"):
+            demand_gpu(facts)
+
+
+def test_placement_of_a_gpu_and_of_half_a_gpu():
+    """From llama.cpp's own lines: everything on the GPU is accepted, one layer on the processor is not."""
+    whole = Placement.of(CUDA_LOG.splitlines())
+    assert (whole.on_gpu, whole.offloaded, whole.offloadable, whole.flash_attn) == (True, 2, 2, "enabled")
+    assert whole.buffers["model"] == {"CPU_Mapped": 1 << 20, "CUDA0": round(100.5 * (1 << 20))}
+    whole.demand_gpu("m.gguf")
+    half = Placement.of(CUDA_LOG.replace("1 assigned to device CUDA0", "1 assigned to device CPU").splitlines())
+    with pytest.raises(TracekitError, match="1 on CPU, 1 on CUDA0"):
+        half.demand_gpu("m.gguf")
+
+
+def test_a_trace_says_where_its_model_lay(models, settings, tmp_path):
+    """Placement, GPUs and whether CUDA launches graphs are in the provenance of every trace."""
+    path = tmp_path / "t.duckdb"
+    with Engine(models["plain"], "static:n_max=2", settings, trace=path) as engine:
+        engine.generate("import", max_tokens=8)
+        lay = engine.placement
+    machine = json.loads(open_trace(path).runs["machine"][0])
+    assert machine["placement"] == lay.as_dict()
+    assert machine["gpus"] == gpus()
+    assert "cuda_graphs" in machine
+
+
+def test_gpu_readings_are_recorded(models, settings, tmp_path):
+    """Whatever the sensors read at a commit is in the trace; without an NVIDIA driver there is nothing to read."""
+    assert all(isinstance(reading, GpuReading) for reading in GpuSensors()(0, 0))
+    path = tmp_path / "t.duckdb"
+    with Engine(models["plain"], "static:n_max=2", settings, trace=tmp_path / "other.duckdb") as engine:
+        facts = facts_of(engine)
+        reading = (0, 1980, 2619, 350.5, 60, 0.9, 7)
+        recorder = Recorder(path, facts, sensors=lambda run, t_us: [GpuReading(run, t_us, *reading)])
+        engine._loop.observer = recorder
+        engine.generate("import", max_tokens=8)
+        engine._loop.observer = engine.recorder
+        recorder.close()
+    found = open_trace(path).frame("SELECT * FROM gpu_readings")
+    assert found.height >= 1
+    assert found["sm_clock_mhz"].unique().to_list() == [1980]
+    assert found["t_us"].max() > 0
+
+
+def facts_of(engine: Engine) -> dict:
+    """The provenance row of ``engine``."""
+    from tracekit.engine.provenance import run_facts
+
+    return run_facts(engine.model, None, engine.settings, engine.policy, None, engine.placement)
+
+
+@pytest.mark.parametrize("name", shipped_plans())
+def test_shipped_plans_are_whole(name):
+    """Every shipped plan parses, names policies that exist, and asks for nothing the engine would refuse."""
+    plan, text = read_plan(name)
+    assert tomllib.loads(text)["about"]
+    for live in plan.live:
+        assert live.name
+    biggest = max(plan.calibrate.slots) * (plan.calibrate.n_max + 1)
+    assert biggest <= 512
+    assert (PLANS / f"{name}.toml").is_file()
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda text: text + "\nnonsense = 1\n", "extra inputs"),
+        (lambda text: text.replace("n_max = 3", 'n_max = "three"', 1), "n_max"),
+        (lambda text: text.replace("about", "about about", 1), "not TOML"),
+    ],
+)
+def test_bad_plans_get_one_line(tmp_path, edit, message):
+    """An unknown key, a wrong type, no TOML: one line that names it, exit code 2, and no folder made."""
+    path = tmp_path / "plan.toml"
+    path.write_text(edit((PLANS / "smoke.toml").read_text()))
+    result = run(path, "-o", tmp_path / "out", code=2)
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists()
+    assert "no such plan" in run("nothing", "-o", tmp_path / "out", code=2).stderr
+
+
+def test_a_gpu_that_is_demanded_and_missing_stops_the_campaign(tmp_path, monkeypatch):
+    """A plan for a GPU ends with one line on a machine without, before anything is recorded."""
+    if any(not d["name"].startswith("CPU") for d in surroundings()["devices"]):
+        pytest.skip("there is a GPU")
+    path = tmp_path / "plan.toml"
+    text = (PLANS / "smoke.toml").read_text().replace("require_gpu = false", "require_gpu = true")
+    path.write_text(text)
+    result = run(path, "-o", tmp_path / "out", "--models", tmp_path / "models", code=2)
+    assert "llama.cpp sees no GPU" in result.stderr
+    assert not list((tmp_path / "out").glob("*.duckdb"))
+
+
+def test_carried_scripts_are_sound(tmp_path):
+    """`benchmarks/cuda.sh` parses, and without arguments says what it does."""
+    script = Path(__file__).parent.parent / "benchmarks" / "cuda.sh"
+    assert os.access(script, os.X_OK)
+    result = subprocess.run(["sh", str(script)], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert all(stage in result.stderr for stage in ("wheel FOLDER", "pack FOLDER", "install FOLDER", "run OUT"))
+    assert campaign.MOST_BYTES <= 16 << 20

@@ -1,0 +1,258 @@
+"""Everything one wants from a machine that is there for an hour: a campaign, in stages that go on where they stopped.
+
+For every size of the reference model in the plan: build it on this machine, check where it lies, study it with its
+own drafter, calibrate the cost surface, record live traces at several slots and contexts, and study it with a drafter
+that is never right (a sidecar, so that the trunk is not written twice). What is worth keeping is one small folder; the
+models lie elsewhere and can be made again from a seed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import tomllib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tracekit.engine import Engine, Request, Settings
+from tracekit.engine import calibrate as surface
+from tracekit.engine.doctor import demand_gpu, examine, surroundings
+from tracekit.engine.record import record
+from tracekit.errors import TracekitError
+from tracekit.model.build import build
+from tracekit.policy.spec import parse_one
+from tracekit.study import ENDINGS, Finding, Study, Teller, Workload, complete, conduct
+
+PLANS = Path(__file__).parent / "plans"
+MOST_BYTES = 16_000_000  # of a trace, to be carried
+
+
+class Pause(Exception):
+    """The time a campaign was given is up; the same command goes on."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Size(_Strict):
+    """One expansion of the reference model (:mod:`tracekit.model.expand`)."""
+
+    name: str = Field(pattern=r"^[a-z0-9.]+$")
+    layers: int
+    width: int
+    type: str = "f16"
+
+
+class Surface(_Strict):
+    """What is calibrated (:class:`tracekit.engine.calibrate.Plan`)."""
+
+    n_max: int
+    slots: tuple[int, ...]
+    contexts: tuple[int, ...]
+    steps: int
+    blocks: int
+
+
+class Live(_Strict):
+    """One live recording: ``slots`` at once, each prompt led up to a context of ``context`` tokens."""
+
+    policy: str
+    slots: int
+    context: int
+    head: str = Field("aligned", pattern="^(mis)?aligned$")
+
+    @property
+    def name(self) -> str:
+        """Part of the file's name."""
+        return f"live-{self.head}-{parse_one(self.policy).name}-{self.slots}x{self.context}"
+
+
+class Plan(_Strict):
+    """A plan file (TOML); :mod:`tracekit.study` says what the workload's keys mean."""
+
+    about: str
+    require_gpu: bool
+    n_max: int
+    max_tokens: int
+    temp: float
+    prompts: int
+    repeats: int
+    seed: int
+    sizes: tuple[Size, ...]
+    calibrate: Surface
+    live: tuple[Live, ...]
+
+    @property
+    def workload(self) -> Workload:
+        """What the studies generate."""
+        return Workload(self.max_tokens, self.temp, self.repeats, self.prompts, self.seed)
+
+
+def shipped_plans() -> list[str]:
+    """Names of the plans that come with tracekit."""
+    return sorted(p.stem for p in PLANS.glob("*.toml"))
+
+
+def read_plan(name_or_path: str) -> tuple[Plan, str]:
+    """A shipped plan or a plan file, and its text. Raises :class:`TracekitError` naming the key that is wrong."""
+    path = PLANS / f"{name_or_path}.toml" if name_or_path in shipped_plans() else Path(name_or_path)
+    try:
+        text = path.read_text("utf-8")
+        return Plan.model_validate(tomllib.loads(text)), text
+    except (FileNotFoundError, IsADirectoryError):
+        raise TracekitError(f"{name_or_path}: no such plan; shipped: {', '.join(shipped_plans())}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise TracekitError(f"{path}: not TOML ({error})") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise TracekitError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """A plan under way in ``folder``; big models in ``models``. ``minutes`` 0: as long as it takes."""
+
+    plan: Plan
+    folder: Path
+    models: Path
+    tell: Teller
+    gpu_layers: int = -1
+    threads: int = 0
+    minutes: float = 0
+    started_s: float = 0.0
+
+    def run(self) -> list[Finding]:
+        """Every stage that is missing, the most telling first. Raises :class:`Pause` before one that would begin after
+        the time given.
+        """
+        findings = []
+        for size in self.plan.sizes:
+            aligned, sidecar = self._build(size)
+            self._check(size, aligned)
+            findings.append(self._study(size, "aligned", aligned, None))
+            self._calibrate(size, aligned)
+            for live in self.plan.live:
+                self._record(size, live, aligned, sidecar if live.head == "misaligned" else None)
+            findings.append(self._study(size, "misaligned", aligned, sidecar))
+        return findings
+
+    @property
+    def files(self) -> list[Path]:
+        """What there is to bring home, smallest first by name."""
+        kept = (f".{ending}" for ending in (*ENDINGS, "toml", "txt", "png"))
+        return sorted(p for p in self.folder.iterdir() if p.suffix in set(kept))
+
+    def _may_go_on(self) -> None:
+        if self.minutes and time.monotonic() - self.started_s > 60 * self.minutes:
+            raise Pause
+
+    def _settings(self, size: Size, **changes: Any) -> Settings:
+        exact = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off"} if size.type == "f32" else {}
+        base = Settings(n_max=self.plan.n_max, threads=self.threads, gpu_layers=self.gpu_layers, **exact)
+        return replace(base, **changes)
+
+    def _build(self, size: Size) -> tuple[Path, Path]:
+        """The expanded model and the misaligned sidecar, built where they are missing."""
+        stem = f"reference-{size.width}x{size.layers}-{size.type}"
+        model, sidecar = self.models / f"{stem}.gguf", self.models / f"{stem}-misaligned-sidecar.gguf"
+        for path, drafter_alone in ((model, False), (sidecar, True)):
+            if not path.exists():
+                self._may_go_on()
+                self.tell.say(f"[{size.name}] building {path.name}")
+                with self.tell.progress("tensors") as update:
+                    build(
+                        path, size.layers, size.width, drafter_alone, drafter_alone, size.type, self.plan.seed,
+                        progress=update,
+                    )  # fmt: skip  # what is built, then how
+        return model, sidecar
+
+    def _check(self, size: Size, model: Path) -> None:
+        """Note where the model lies in ``environment.json``; refuse to go on where it should be on a GPU and is not."""
+        path = self.folder / "environment.json"
+        known = json.loads(path.read_text()) if path.exists() else surroundings() | {"models": {}}
+        if size.name not in known["models"]:
+            facts = examine(model, self.gpu_layers)
+            if self.plan.require_gpu:
+                demand_gpu(known | {"model": facts})
+            known["models"][size.name] = facts
+            partial = path.with_name(path.name + ".partial")
+            partial.write_text(json.dumps(known, indent=2) + "\n")
+            os.replace(partial, path)
+
+    def _study(self, size: Size, head: str, model: Path, sidecar: Path | None) -> Finding:
+        study = Study(self.folder, f"{size.name}-{head}", model, sidecar, self._settings(size), self.plan.workload)
+        finding = conduct(study, self.tell, self._may_go_on)
+        self._weigh(self.folder / f"{study.name}.duckdb")
+        return finding
+
+    def _calibrate(self, size: Size, model: Path) -> None:
+        path = self.folder / f"{size.name}-calibration.duckdb"
+        if complete(path):
+            return
+        self._may_go_on()
+        plan = surface.Plan(**self.plan.calibrate.model_dump())
+        self.tell.say(
+            f"[{size.name}] calibrating: slots {plan.slots}, contexts {plan.contexts}, up to {plan.n_max} drafts"
+        )
+        base = self._settings(size)
+        settings = replace(base, n_slots=plan.slots[-1], n_max=plan.n_max, n_ctx=plan.n_ctx(base.n_batch))
+        sweep = surface.Sweep(plan.n_max, self.plan.seed)
+        with Engine(model, None, settings, trace=path, probe=sweep) as engine, self.tell.progress("decodes") as update:
+            surface.calibrate(engine, sweep, plan, progress=update)
+        self._weigh(path)
+
+    def _record(self, size: Size, live: Live, model: Path, sidecar: Path | None) -> None:
+        path = self.folder / f"{size.name}-{live.name}.duckdb"
+        if complete(path):
+            return
+        self._may_go_on()
+        self.tell.say(f"[{size.name}] recording live: {live.policy}, {live.slots} slots, context {live.context}")
+        settings = self._settings(size, n_slots=live.slots, n_ctx=live.context)
+        with (
+            Engine(model, parse_one(live.policy), settings, sidecar, trace=path) as engine,
+            self.tell.progress("tokens") as update,
+        ):
+            requests = self.plan.workload.requests("tune")
+            record(engine, [_led_up_to(engine, r, live.context, requests) for r in requests], True, update)
+        self._weigh(path)
+
+    def _weigh(self, path: Path) -> None:
+        if path.stat().st_size > MOST_BYTES:
+            size = path.stat().st_size / 1e6
+            self.tell.say(f"warning: {path} has {size:.0f} MB; fewer prompts or tokens make it less")
+
+
+def open_campaign(folder: Path, text: str, force: bool) -> None:
+    """Make ``folder`` ready for the plan with this text: new, emptied with ``force``, or as the same plan left it.
+
+    Raises :class:`TracekitError` for a folder of something else.
+    """
+    path = folder / "plan.toml"
+    if folder.exists() and any(folder.iterdir()):
+        if force:
+            for old in folder.iterdir():
+                if old.suffix in (".duckdb", ".wal", ".toml", ".json", ".png", ".txt"):
+                    old.unlink()
+        elif not path.is_file() or path.read_text("utf-8") != text:
+            raise TracekitError(
+                f"{folder}: not of a campaign with this plan; choose another folder with -o, or give --force"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, "utf-8")
+
+
+def _led_up_to(engine: Engine, request: Request, n_ctx: int, others: list[Request]) -> Request:
+    """``request`` with other prompts before its own, so that its last token falls near the end of ``n_ctx`` tokens."""
+    own = engine.model.tokenize(request.prompt)
+    room = n_ctx - request.max_tokens - 1
+    if len(own) > room:
+        raise TracekitError(f"prompt {request.prompt_id}: {len(own)} tokens, but a context of {n_ctx} leaves {room}")
+    before = [t for other in others if other is not request for t in engine.model.tokenize(other.prompt)[1:]]
+    missing = room - len(own)
+    filler = (before * (missing // len(before) + 1))[:missing] if before else []
+    return replace(request, prompt=own[:1] + filler + own[1:])

@@ -1,0 +1,63 @@
+"""``tracekit campaign``: everything one wants from a machine that is lent for an hour."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tracekit.cli import options, out
+
+AGAIN = 3  # exit code: the time given is up, the same command goes on
+
+
+def campaign(
+    plan: Annotated[str, typer.Argument(metavar="PLAN", help="A shipped plan (cuda, smoke) or a plan file (TOML).")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FOLDER", help="What to bring home; goes on where it stopped.")
+    ] = Path("campaign"),
+    models: Annotated[
+        Path | None,
+        typer.Option("--models", metavar="FOLDER", help="Where the big models go [default: the cache folder]."),
+    ] = None,
+    minutes: Annotated[
+        float,
+        typer.Option("--minutes", help="Begin no stage after this; exit code 3: run it again. 0: no end."),
+    ] = 0.0,
+    gpu_layers: options.GpuLayers = -1,
+    threads: options.Threads = 0,
+    force: options.Force = False,
+) -> None:
+    """Build models of production-like sizes here, calibrate, record, tune and verify them; leaves one small folder."""
+    import time
+
+    from tracekit.campaign import Campaign, Pause, open_campaign, read_plan
+    from tracekit.errors import TracekitError
+    from tracekit.replay.link import cache_folder
+
+    wanted, text = read_plan(plan)
+    if minutes < 0:
+        raise TracekitError(f"--minutes {minutes:g}: 0 or more")
+    open_campaign(output, text, force)
+    place = models or cache_folder().parent / "models"
+    place.mkdir(parents=True, exist_ok=True)
+    under_way = Campaign(wanted, output, place, out.teller(), gpu_layers, threads, minutes, time.monotonic())
+    try:
+        findings = under_way.run()
+    except Pause:
+        out.say(f"{minutes:g} minutes are over; the same command goes on with the next stage")
+        raise typer.Exit(AGAIN) from None
+
+    import polars as pl
+
+    from tracekit.report import pictures
+
+    with (output / "tables.txt").open("w", encoding="utf-8") as file:
+        for finding in findings:
+            out.print_finding(finding, finding.name)
+            out.print_finding(finding, finding.name, file)
+    frame = pl.concat([f.verdict.arms.select(pl.lit(f.name).alias("head"), pl.all()) for f in findings])
+    pictures.save(pictures.verdict_chart(frame), output / "verdict.png")
+    for path in under_way.files:
+        out.wrote(path)

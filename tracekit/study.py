@@ -1,0 +1,132 @@
+"""One model and one drafter, from recording to verdict, in stages that each leave a file.
+
+A study that was stopped goes on with the first stage whose file is missing: ``NAME.duckdb``, the probe trace;
+``NAME.toml``, the tuned policy; ``NAME.json``, the verdict on held-out prompts.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tracekit.engine import Engine, Probe, Request, Settings
+from tracekit.engine.record import as_requests, record
+from tracekit.engine.recorder import free_path
+from tracekit.model.prompt_sets import Prompt, load
+from tracekit.policy import file
+from tracekit.policy.file import PolicyFile
+from tracekit.replay.league import League
+from tracekit.trace.store import open_trace
+from tracekit.tune.evidence import tune
+from tracekit.tune.space import default_space
+from tracekit.verify import Verdict, standard_arms, verify
+
+ENDINGS = ("duckdb", "toml", "json")
+
+Progress = Callable[[str], AbstractContextManager]
+
+
+@dataclass(frozen=True)
+class Teller:
+    """How a person is kept informed: ``say(line)``, and ``progress(what)``, a context manager that yields
+    ``update(done, total)``.
+    """
+
+    say: Callable[[str], None]
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is generated. ``prompts`` per category to record (half as many, rounded up, are held out for verifying), 0
+    for all that ship; ``temp`` 0 is greedy; ``repeats`` of every live run.
+    """
+
+    max_tokens: int
+    temp: float
+    repeats: int
+    prompts: int
+    seed: int
+
+    def requests(self, name: str) -> list[Request]:
+        """The requests of the shipped prompt set ``name``, ``tune`` or ``heldout``; request ``i`` has seed ``i``."""
+        most = self.prompts if name == "tune" else (self.prompts + 1) // 2
+        kept: dict[str, list[Prompt]] = defaultdict(list)
+        for prompt in load(name):
+            if not most or len(kept[prompt.category]) < most:
+                kept[prompt.category].append(prompt)
+        chosen = [p for prompts in kept.values() for p in prompts]
+        return as_requests(chosen, self.max_tokens, self.temp, self.seed)
+
+
+@dataclass(frozen=True)
+class Study:
+    """``name`` in ``folder``: ``model`` (and ``draft_model``, a sidecar) under ``settings``, on ``workload``."""
+
+    folder: Path
+    name: str
+    model: Path
+    draft_model: Path | None
+    settings: Settings
+    workload: Workload
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a study came to."""
+
+    name: str
+    tuned: PolicyFile
+    verdict: Verdict
+
+
+def conduct(study: Study, tell: Teller, may_go_on: Callable[[], None] = lambda: None) -> Finding:
+    """Every stage of ``study`` whose file is missing; ``may_go_on()`` is asked before each and may raise."""
+    trace, policy, result = (study.folder / f"{study.name}.{ending}" for ending in ENDINGS)
+    n_max, work = study.settings.n_max, study.workload
+    if not complete(trace):
+        may_go_on()
+        requests = work.requests("tune")
+        what = f"{n_max} drafts at every position of {len(requests)} prompts, and baselines"
+        tell.say(f"[{study.name}] recording: {what}")
+        probe = Probe(n_max, work.seed)
+        with (
+            Engine(study.model, None, study.settings, study.draft_model, trace=trace, probe=probe) as engine,
+            tell.progress("tokens") as update,
+        ):
+            record(engine, requests, baseline=True, progress=update)
+    if not policy.exists():
+        may_go_on()
+        tell.say(f"[{study.name}] tuning on the trace")
+        with tell.progress("policies") as update:
+            tune(League.of(open_trace(trace)), default_space(), seed=work.seed, progress=update).save(policy)
+    tuned = file.read(policy)
+    tell.say(f"[{study.name}] {tuned.evidence.advice}")
+    if not result.exists():
+        may_go_on()
+        tell.say(
+            f"[{study.name}] verifying on held-out prompts: predicted against live, {work.repeats} interleaved repeats"
+        )
+        with tell.progress("runs") as update:
+            verdict = verify(
+                study.model, standard_arms(tuned.policy, n_max), work.requests("heldout"), study.settings,
+                study.draft_model, work.repeats, seed=work.seed, progress=update,
+            )  # fmt: skip  # what is run, then how
+        verdict.save(result)
+    return Finding(study.name, tuned, Verdict.load(result))
+
+
+def complete(trace: Path) -> bool:
+    """Whether ``trace`` was recorded to its end; one that was cut off is kept under another name."""
+    if not trace.exists():
+        return False
+    if open_trace(trace).runs["wall_us"].is_not_null().all():
+        return True
+    kept, log = free_path(str(trace.with_stem(f"{trace.stem}-cut-off"))), trace.with_name(trace.name + ".wal")
+    if log.exists():  # DuckDB's own log holds what was not yet written back
+        log.rename(kept.with_name(kept.name + ".wal"))
+    trace.rename(kept)
+    return False

@@ -15,7 +15,8 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite files that exist
 ModelFile = Annotated[Path, typer.Argument(metavar="MODEL", help="A GGUF file with NextN (MTP) layers.")]
 TraceArgument = Annotated[Path, typer.Argument(metavar="TRACE", help="A trace: the DuckDB file that `record` wrote.")]
 PromptsFile = Annotated[
-    str, typer.Option("--prompts", metavar="FILE", help="JSON lines of prompts, or a shipped set: tune, heldout.")
+    str,
+    typer.Option("--prompts", metavar="FILE", help="JSON lines of prompts, or a shipped set (tune, heldout, mixed)."),
 ]
 DraftModel = Annotated[
     Path | None, typer.Option("--draft-model", metavar="FILE", help="Sidecar GGUF that holds the NextN layers.")

@@ -25,9 +25,10 @@ from tracekit.engine.record import record
 from tracekit.errors import TracekitError
 from tracekit.model.build import build
 from tracekit.policy.spec import parse_one
-from tracekit.study import ENDINGS, Finding, Study, Teller, Workload, complete, conduct
+from tracekit.study import Finding, Study, Teller, Workload, complete, conduct
 
 PLANS = Path(__file__).parent / "plans"
+KEPT = (".duckdb", ".json", ".png", ".toml", ".txt")
 MOST_BYTES = 16_000_000  # of a trace, to be carried
 
 
@@ -143,9 +144,8 @@ class Campaign:
 
     @property
     def files(self) -> list[Path]:
-        """What there is to bring home, smallest first by name."""
-        kept = (f".{ending}" for ending in (*ENDINGS, "toml", "txt", "png"))
-        return sorted(p for p in self.folder.iterdir() if p.suffix in set(kept))
+        """What there is to bring home, by name."""
+        return sorted(p for p in self.folder.iterdir() if p.suffix in KEPT)
 
     def _may_go_on(self) -> None:
         if self.minutes and time.monotonic() - self.started_s > 60 * self.minutes:
@@ -236,7 +236,7 @@ def open_campaign(folder: Path, text: str, force: bool) -> None:
     if folder.exists() and any(folder.iterdir()):
         if force:
             for old in folder.iterdir():
-                if old.suffix in (".duckdb", ".wal", ".toml", ".json", ".png", ".txt"):
+                if old.suffix in (*KEPT, ".wal"):
                     old.unlink()
         elif not path.is_file() or path.read_text("utf-8") != text:
             raise TracekitError(

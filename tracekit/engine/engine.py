@@ -65,12 +65,12 @@ class Engine:
         self._probe = probe
         self._n_requests = 0
         try:
-            with lib.listening() as log:
+            with lib.listening() as heard:
                 self.model = Model(model, self.settings.gpu_layers, mtp and draft_model is None)
                 self._target = self._context(self.model)
                 if mtp:
                     self._drafter = self._make_drafter(draft_model)
-            self.placement = Placement.of(log)
+            self.placement = Placement.of(heard)
             self._check(self.policy)
             backend_sampling = self._backend_sampling()
             self._loop = Loop(self.model, self._target, self._drafter, PartialRollback(self._target), self.settings)

@@ -25,7 +25,7 @@ demo-cuda:
 	    $(CUDA_BIN)/python -m pip install --disable-pip-version-check --no-cache-dir -e ".[engine]" \
 	    && touch .venv-cuda/.installed; }
 	$(CUDA_BIN)/tracekit doctor --require-gpu
-	$(CUDA_BIN)/tracekit campaign cuda -o campaign
+	PYTHON=$(CUDA_BIN)/python SITE= benchmarks/cuda.sh run campaign cuda
 
 # Every test, on real model runs; the linter is one of them
 test: $(STAMP)

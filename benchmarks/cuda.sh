@@ -9,13 +9,15 @@
 #   benchmarks/cuda.sh run OUT [PLAN] [MINUTES]      there: the campaign; exit code 3 means, call it again
 #
 # PYTHON: the interpreter (python3). TARGET_PYTHON: version of the one there, for pack (3.12). HAVE: names of packages that
-# the machine has already and that need not be carried. SITE: where install puts them (site-cuda).
+# the machine has already and that need not be carried. SITE: where install puts them (site-cuda). MODELS: where the big
+# models go (models-cuda).
 set -eu
 usage() { sed -n '5,9s/^#  *//p' "$0" >&2; exit 2; }
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(dirname "$here")
 python=${PYTHON:-python3}
 site=${SITE:-$root/site-cuda}
+models=${MODELS:-$root/models-cuda}
 
 wheel() {
     folder=$1
@@ -104,9 +106,17 @@ install() {
 
 run() {
     # the driver's and CUDA's libraries may lie in PyTorch's packages
-    libraries=$("$python" -c 'import glob, site; print(":".join(p for s in site.getsitepackages() for p in glob.glob(s + "/nvidia/*/lib")))')
-    export PYTHONPATH="$site" LD_LIBRARY_PATH="${LD_LIBRARY_PATH:-}:$libraries"
-    "$python" -m tracekit campaign "${2:-cuda}" -o "$1" --minutes "${3:-0}"
+    libraries=$("$python" -c 'import glob, site
+print(":".join(p for s in site.getsitepackages() for p in glob.glob(s + "/nvidia/*/lib")))')
+    export PYTHONPATH="$site:$root" LD_LIBRARY_PATH="${LD_LIBRARY_PATH:-}:$libraries"
+    "$python" -m tracekit campaign "${2:-cuda}" -o "$1" --models "$models" --minutes "${3:-0}"
+    model=$(find "$models" -name 'reference-*.gguf' ! -name '*sidecar*' | sort | head -n 1)
+    for script in backend_sampling overhead; do # what copying logits costs, and what recording does
+        [ -f "$1/$script.txt" ] && continue
+        "$python" "$here/$script.py" --repeats 4 "$model" >"$1/$script.partial" 2>&1 || echo "failed" >>"$1/$script.partial"
+        mv "$1/$script.partial" "$1/$script.txt"
+        cat "$1/$script.txt"
+    done
 }
 
 [ $# -ge 2 ] || usage

@@ -20,6 +20,7 @@ from tracekit.engine.placement import Placement
 from tracekit.engine.recorder import Recorder
 from tracekit.errors import TracekitError
 from tracekit.policy import file
+from tracekit.report.stats import summarise
 from tracekit.trace.rows import GpuReading
 from tracekit.trace.store import open_trace
 
@@ -123,6 +124,7 @@ def test_gpu_readings_are_recorded(models, settings, tmp_path):
     assert found.height >= 1
     assert found["sm_clock_mhz"].unique().to_list() == [1980]
     assert found["t_us"].max() > 0
+    assert any("1980 MHz (1980 - 1980), 350 W" in note for note in summarise(open_trace(path)).notes)
 
 
 def facts_of(engine: Engine) -> dict:

@@ -47,7 +47,7 @@ def summarise(trace: TraceFile) -> Summary:
     )
     acceptance = acceptance_by_position(trace)
     frames = {"requests": _by_category(trace), "time": _time(trace), "baselines": _baselines(trace)}
-    notes = _notes(runs, acceptance)
+    notes = [*_notes(runs, acceptance), *_gpu_notes(trace)]
     if not costs_only:
         return Summary(headline, acceptance, **frames, notes=notes)
     cells = surface(trace)  # what was drafted and accepted on random prompts says nothing
@@ -182,3 +182,20 @@ def _notes(runs: pl.DataFrame, acceptance: pl.DataFrame) -> list[str]:
             "misaligned with its target, not merely slow"
         )
     return notes
+
+
+def _gpu_notes(trace: TraceFile) -> list[str]:
+    """What each GPU was doing while the trace was recorded: medians and ranges of its readings under load."""
+    if "gpu_readings" not in trace.tables:
+        return []
+    readings = trace.frame(
+        """SELECT gpu, count(*)::INT AS n, median(sm_clock_mhz) AS clock, min(sm_clock_mhz) AS low,
+                  max(sm_clock_mhz) AS high, median(power_w) AS power, max(power_w) AS peak,
+                  max(temperature_c) AS temperature
+           FROM gpu_readings GROUP BY gpu ORDER BY gpu"""
+    )
+    return [
+        f"GPU {r['gpu']}: {r['clock']:.0f} MHz ({r['low']} - {r['high']}), {r['power']:.0f} W (at most "
+        f"{r['peak']:.0f}), at most {r['temperature']} C (medians and ranges of n = {r['n']} readings)"
+        for r in readings.iter_rows(named=True)
+    ]

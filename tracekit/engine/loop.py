@@ -13,7 +13,7 @@ from time import perf_counter_ns
 from typing import Protocol
 
 from tracekit.engine.context import Batch, Context
-from tracekit.engine.drafter import Ask, Drafter
+from tracekit.engine.drafter import Ask, Drafter, DraftTimes
 from tracekit.engine.model import Model
 from tracekit.engine.probe import Probe, choices_of
 from tracekit.engine.rollback import Rollback
@@ -29,6 +29,8 @@ log = logging.getLogger("tracekit.engine")
 _NOT_ASKED = Ask(0, [], 0, 0.0, stop="off")
 _NO_ROOM = Ask(0, [], 0, 0.0, stop="room")
 _PLAIN = Outcome(0, 0, 0, 1)
+_NO_TIMES = DraftTimes()
+_FIRST_TOKEN = 0, 0, 0, 0, 0, 0, 0, 0, "off"  # from n_generated to stop: it comes with the prompt, without drafts
 
 
 class Observer(Protocol):
@@ -60,7 +62,7 @@ class Loop:
         self._model = model
         self._batch = Batch(settings.n_batch)
         self._shared: dict[Policy, object] = {}  # states of policies whose scope is the engine
-        self._n_steps = self._record_us = self._ahead_rows = self._ahead_us = 0
+        self._n_steps = self._record_ns = self._ahead_rows = self._ahead_us = 0
         self._epoch_ns = 0
 
     def step(self) -> list[Completion]:
@@ -92,33 +94,34 @@ class Loop:
             slot.first_token_ns = learned
         if self.observer is not None:
             self._epoch_ns = self._epoch_ns or began
-            times = self.drafter.times if asks else None
-            step = Step(
-                run=self.observer.run,
-                step=self._n_steps,
-                t_us=(began - self._epoch_ns) // 1000,
-                mtp=self._extracting,
-                n_slots=len(generating),
-                n_tokens=self._batch.n,
-                n_prompt=n_prompt,
-                n_past=n_past,
-                n_draft_decodes=times.n_decodes if times else 0,
-                n_draft_slots=len(asks),
-                n_catchup=times.n_rows if times else 0,
-                first_draft_us=times.first_us if times else 0,
-                draft_us=times.total_us if times else 0,
-                n_ahead=self._ahead_rows,
-                catchup_us=self._ahead_us + (times.catchup_us if times else 0),
-                target_us=(decoded - filled) // 1000,
-                sample_us=(sampled - decoded) // 1000 - self._ahead_us,
-                policy_us=(decided - began + learned - sampled) // 1000,
-                record_us=self._record_us,
-                wall_us=(learned - began) // 1000,
+            times = self.drafter.times if asks else _NO_TIMES
+            step = Step(  # by position: half the time of names
+                self.observer.run,
+                self._n_steps,
+                (began - self._epoch_ns) // 1000,  # t_us
+                self._extracting,  # mtp
+                len(generating),  # n_slots
+                self._batch.n,  # n_tokens
+                n_prompt,
+                n_past,
+                times.n_decodes,  # n_draft_decodes
+                len(asks),  # n_draft_slots
+                times.n_rows,  # n_catchup
+                times.first_us,  # first_draft_us
+                times.total_us,  # draft_us
+                self._ahead_rows,  # n_ahead
+                self._ahead_us + times.catchup_us,  # catchup_us
+                (decoded - filled) // 1000,  # target_us
+                (sampled - decoded) // 1000 - self._ahead_us,  # sample_us
+                (decided - began + learned - sampled) // 1000,  # policy_us
+                self._record_ns // 1000,  # record_us
+                (learned - began) // 1000,  # wall_us
             )
-            self._observe(step, list(zip(generating, emitted, strict=True)), started)
+            self._record_ns %= 1000  # counted with the next
+            self._observe(step, generating, emitted, started)
         self._n_steps += 1
         done = [self.finish(s, learned) for s in slots if s.stop]
-        self._record_us = (perf_counter_ns() - learned) // 1000
+        self._record_ns += perf_counter_ns() - learned
         return done
 
     def _admit(self) -> None:
@@ -293,38 +296,40 @@ class Loop:
                 slot.index, slot.number, slot.policy, accepted, drafted, len(verified),
             )  # fmt: skip  # the message above, its values below
 
-    def _observe(self, step: Step, verified: list[tuple[Slot, int]], started: list[Slot]) -> None:
+    def _observe(self, step: Step, generating: list[Slot], emitted: list[int], started: list[Slot]) -> None:
         """Hand the step's rows to the observer; a probe's wait until their drafts can be judged."""
         rows = []
-        for slot, emitted in [*verified, *((s, 1) for s in started)]:
-            prompt = slot.n_generated == 1
-            ask = _NOT_ASKED if prompt else slot.ask
-            drafted, accepted = (0, 0) if prompt else slot.rounds[-1]
+        for slot, n in zip(generating, emitted, strict=True):
+            ask, (drafted, accepted), tokens = slot.ask, slot.rounds[-1], slot.tokens
             row = Verification(
-                run=step.run,
-                request=slot.number,
-                step=step.step,
-                n_generated=slot.n_generated - emitted,
-                n_asked=0 if prompt else slot.n_asked,
-                n_proposed=len(ask.drafts),
-                n_drafted=drafted,
-                n_accepted=accepted,
-                n_matched=accepted,
-                n_redecoded=0 if prompt else slot.n_redecoded,
-                n_decodes=ask.n_decodes,
-                stop=ask.stop,
-                draft_ids=ask.drafts,
-                draft_probs=ask.probs,
-                tokens=slot.tokens[-emitted:],
+                step.run,
+                slot.number,
+                step.step,
+                len(tokens) - slot.n_prompt - n,  # n_generated
+                slot.n_asked,
+                len(ask.drafts),  # n_proposed
+                drafted,
+                accepted,
+                accepted,  # n_matched
+                slot.n_redecoded,
+                ask.n_decodes,
+                ask.stop,
+                ask.drafts,
+                ask.probs,
+                tokens[-n:],
             )
-            if self.probe and self.mtp:
-                first = sum(self._batch.logits[: slot.first_row]) + 1
-                greedy = slot.request.sampling.temp == 0 and drafted
-                choices = choices_of(self.target.logits()[first : first + drafted]) if greedy else []
-                rows += self.probe.settle(row, choices, slot.tokens[slot.n_prompt :], bool(slot.stop))
-            else:
-                rows.append(row)
+            rows += self._settled(slot, row) if self.probe and self.mtp else (row,)
+        for slot in started:
+            row = Verification(step.run, slot.number, step.step, *_FIRST_TOKEN, [], [], slot.tokens[-1:])
+            rows += self._settled(slot, row) if self.probe and self.mtp else (row,)
         self.observer.stepped(step, rows)
+
+    def _settled(self, slot: Slot, row: Verification) -> list[Verification]:
+        """The rows of ``slot`` whose drafts a probe can judge, now that ``row`` is there."""
+        first, drafted = sum(self._batch.logits[: slot.first_row]) + 1, row.n_drafted
+        greedy = slot.request.sampling.temp == 0 and drafted
+        choices = choices_of(self.target.logits()[first : first + drafted]) if greedy else []
+        return self.probe.settle(row, choices, slot.tokens[slot.n_prompt :], bool(slot.stop))
 
     def finish(self, slot: Slot, now_ns: int) -> Completion:
         """End ``slot``'s request: free the slot, tell the observer, return the completion."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import duckdb
 
 from tracekit.engine.gpu import GpuSensors
+from tracekit.trace.pending import Pending
 from tracekit.trace.rows import GpuReading, RequestEnd, RequestRow, RunEnd, Step, Verification
 from tracekit.trace.writer import TraceWriter
 
@@ -45,29 +45,29 @@ class Recorder:
         self._writer = TraceWriter(path, force)
         self._writer.append_run(run)
         self._interval_s = interval_s
-        self._began: deque[RequestRow] = deque()
-        self._steps: deque[Step] = deque()
-        self._verifications: deque[Verification] = deque()
-        self._ended: deque[RequestEnd] = deque()
-        self._first_us = self._last_us = self._record_us = self._writer_ns = 0
+        self._pending = Pending()
+        self._lock = threading.Lock()  # around a row's parts, and the change to new buffers
+        self._last_us = self._record_us = self._writer_ns = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._write_until_stopped, name="tracekit-recorder", daemon=True)
         self._thread.start()
 
     def began(self, request: RequestRow) -> None:
         """Queue a request's row."""
-        self._began.append(request)
+        with self._lock:
+            self._pending.requests.append(request)
 
     def stepped(self, step: Step, verifications: list[Verification]) -> None:
         """Queue a step's rows."""
-        self._steps.append(step)
-        self._verifications += verifications
+        with self._lock:
+            self._pending.add(step, verifications)
         self._record_us += step.record_us
         self._last_us = step.t_us + step.wall_us
 
     def ended(self, request: RequestEnd) -> None:
         """Queue the row of a request's end."""
-        self._ended.append(request)
+        with self._lock:
+            self._pending.request_ends.append(request)
 
     def _write_until_stopped(self) -> None:
         while not self._stop.wait(self._interval_s):
@@ -76,20 +76,12 @@ class Recorder:
     def _flush(self) -> None:
         """Write what has come in."""
         began = time.thread_time_ns()
-        ended, verifications, steps, requests = map(
-            _drain, (self._ended, self._verifications, self._steps, self._began)
-        )
-        if not self.failed and (steps or requests or ended):
+        with self._lock:
+            pending, self._pending = self._pending, Pending()
+        if not self.failed and pending:
+            pending.gpu_readings = self._sensors(self.run, self._last_us)
             try:
-                self._writer.append(
-                    {
-                        "requests": requests,
-                        "steps": steps,
-                        "verifications": verifications,
-                        "request_ends": ended,
-                        "gpu_readings": self._sensors(self.run, self._last_us),
-                    }
-                )
+                self._writer.append(pending.batches())
             except (duckdb.Error, OSError) as error:
                 self.failed = str(error).splitlines()[0]
                 log.error(
@@ -104,7 +96,7 @@ class Recorder:
 
         A recording in which nothing ever happened leaves no file behind.
         """
-        nothing = not self._last_us and not self._began
+        nothing = not self._last_us and not self._pending
         self._stop.set()
         self._thread.join()
         self._flush()
@@ -119,10 +111,6 @@ class Recorder:
             except duckdb.Error as error:
                 self.failed = str(error).splitlines()[0]
                 log.error("closing %s failed (%s); what was committed is kept", self.path, self.failed)
-
-
-def _drain(queue: deque) -> list:
-    return [queue.popleft() for _ in range(len(queue))]
 
 
 def free_path(wanted: str | None) -> Path | None:

@@ -22,7 +22,7 @@ from tracekit.engine.slot import Completion, Slot
 from tracekit.errors import TracekitError
 from tracekit.policy.interface import NEVER, Now, Outcome
 from tracekit.policy.rule import Policy
-from tracekit.trace.rows import RequestEnd, RequestRow, Step, Verification
+from tracekit.trace.rows import RequestEnd, RequestRow, Verification
 
 log = logging.getLogger("tracekit.engine")
 
@@ -30,7 +30,6 @@ _NOT_ASKED = Ask(0, [], 0, 0.0, stop="off")
 _NO_ROOM = Ask(0, [], 0, 0.0, stop="room")
 _PLAIN = Outcome(0, 0, 0, 1)
 _NO_TIMES = DraftTimes()
-_FIRST_TOKEN = 0, 0, 0, 0, 0, 0, 0, 0, "off"  # from n_generated to stop: it comes with the prompt, without drafts
 
 
 class Observer(Protocol):
@@ -41,8 +40,16 @@ class Observer(Protocol):
     def began(self, request: RequestRow) -> None:
         """A request was given a slot."""
 
-    def stepped(self, step: Step, verifications: list[Verification]) -> None:
-        """A step is done; a probe's verifications come some steps later."""
+    def stepped(self, *moments: int) -> None:
+        """A step is done: the fields of :class:`~tracekit.trace.rows.Moments`."""
+
+    def verified(
+        self, numbers: tuple[int, ...], stop: str, draft_ids: list[int], draft_probs: list[float], tokens: list[int]
+    ) -> None:
+        """A slot's share of a step is known, for a probe some steps later: ``numbers`` are the fields of
+        :class:`~tracekit.trace.rows.Verification` from ``request`` to ``n_decodes``, then come the others. Making a row
+        object of them would take as long as all the rest of recording.
+        """
 
     def ended(self, request: RequestEnd) -> None:
         """A request is finished."""
@@ -63,17 +70,17 @@ class Loop:
         self._batch = Batch(settings.n_batch)
         self._shared: dict[Policy, object] = {}  # states of policies whose scope is the engine
         self._n_steps = self._record_ns = self._ahead_rows = self._ahead_us = 0
-        self._epoch_ns = 0
 
     def step(self) -> list[Completion]:
         """One target decode for all slots; returns the requests it finished. Does nothing without requests."""
         began = perf_counter_ns()
-        self._admit()
+        if self.queue:
+            self._admit()
         slots = [s for s in self.slots if s is not None]
         if not slots:
             return []
         generating = [s for s in slots if s.generating]
-        n_past = sum(s.n_past for s in generating)
+        n_past = sum([s.n_past for s in generating]) if self.observer is not None else 0
         asks = [ask for s in generating if (ask := self._decide(s, len(generating))) is not None]
         self._extract(slots)
         decided = perf_counter_ns()
@@ -83,42 +90,26 @@ class Loop:
         filled = perf_counter_ns()
         self.target.decode(self._batch)
         decoded = perf_counter_ns()
-        emitted = [self._verify(s) for s in generating]
-        started = self._read_prompts(slots)
+        for slot in generating:
+            self._verify(slot)
+        started = self._read_prompts(slots) if n_prompt else []
         sampled = perf_counter_ns()
-        for slot, n in zip(generating, emitted, strict=True):
-            if not slot.over and not self.probe:
-                self._learn(slot, n)
+        if self.probe is None:
+            for slot in generating:
+                if not slot.over:
+                    self._learn(slot)
         learned = perf_counter_ns()
         for slot in started:
             slot.first_token_ns = learned
         if self.observer is not None:
-            self._epoch_ns = self._epoch_ns or began
             times = self.drafter.times if asks else _NO_TIMES
-            step = Step(  # by position: half the time of names
-                self.observer.run,
-                self._n_steps,
-                (began - self._epoch_ns) // 1000,  # t_us
-                self._extracting,  # mtp
-                len(generating),  # n_slots
-                self._batch.n,  # n_tokens
-                n_prompt,
-                n_past,
-                times.n_decodes,  # n_draft_decodes
-                len(asks),  # n_draft_slots
-                times.n_rows,  # n_catchup
-                times.first_us,  # first_draft_us
-                times.total_us,  # draft_us
-                self._ahead_rows,  # n_ahead
-                self._ahead_us + times.catchup_us,  # catchup_us
-                (decoded - filled) // 1000,  # target_us
-                (sampled - decoded) // 1000 - self._ahead_us,  # sample_us
-                (decided - began + learned - sampled) // 1000,  # policy_us
-                self._record_ns // 1000,  # record_us
-                (learned - began) // 1000,  # wall_us
-            )
-            self._record_ns %= 1000  # counted with the next
-            self._observe(step, generating, emitted, started)
+            self._observe(generating, started)
+            self.observer.stepped(
+                began, decided, filled, decoded, sampled, learned, self._n_steps, self._extracting, len(generating),
+                self._batch.n, n_prompt, n_past, times.n_decodes, len(asks), times.n_rows, times.first_us,
+                times.total_us, self._ahead_rows, self._ahead_us, times.catchup_us, self._record_ns,
+            )  # fmt: skip
+            self._ahead_rows = self._ahead_us = 0
         self._n_steps += 1
         done = [self.finish(s, learned) for s in slots if s.stop]
         self._record_ns += perf_counter_ns() - learned
@@ -151,7 +142,7 @@ class Loop:
 
     def _extract(self, slots: list[Slot]) -> None:
         """Have the target's hidden states copied out while a slot may still want drafts, and only then."""
-        wanted = not all(s.over for s in slots)
+        wanted = False in [s.over for s in slots]
         if wanted != self._extracting:
             self._extracting = wanted
             self.target.extract_hidden(wanted)
@@ -221,10 +212,13 @@ class Loop:
             slot.n_rows = 1 + (self.probe.width(len(drafts)) if self.probe else len(drafts))
             if slot.n_rows > 1:
                 self.rollback.before(slot.index, slot.n_past)
-            slot.first_row = batch.add(slot.tokens[-1], slot.n_past, slot.index, True)
-            for i in range(slot.n_rows - 1):
-                batch.add(drafts[i], slot.n_past + 1 + i, slot.index, True)
+                rows = [slot.tokens[-1], *drafts[: slot.n_rows - 1]]
+                slot.first_row = batch.extend(rows, slot.n_past, slot.index, True)
+            else:
+                slot.first_row = batch.add(slot.tokens[-1], slot.n_past, slot.index, True)
         n_generating = batch.n
+        if len(generating) == len(slots):
+            return 0
         for slot in slots:
             if not slot.generating:
                 chunk = slot.tokens[slot.n_past : slot.n_past + self.settings.n_batch - batch.n]
@@ -234,29 +228,32 @@ class Loop:
                     batch.logits[batch.n - 1] = 1
         return batch.n - n_generating
 
-    def _verify(self, slot: Slot) -> int:
-        """Sample the slot's rows, accepting drafts while they are what was sampled; returns tokens emitted."""
-        drafts, last = slot.ask.drafts, 0 if self.probe else slot.n_rows - 1
+    def _verify(self, slot: Slot) -> None:
+        """Sample the slot's rows, accepting drafts while they are what was sampled."""
+        drafts, last, first = slot.ask.drafts, 0 if self.probe else slot.n_rows - 1, slot.first_row
+        sample, target = slot.sampler.sample, self.target
         emitted, accepted = 0, 0
         while True:
-            token = slot.sampler.sample(self.target, slot.first_row + emitted)
+            token = sample(target, first + emitted)
             self._emit(slot, token)
             right = emitted < last and token == drafts[emitted]
             emitted += 1
             accepted += right
-            if slot.stop or not right:
+            if not right or slot.stop:
                 break
         slot.rounds.append((slot.n_rows - 1, accepted))
         slot.n_past += emitted
-        slot.n_redecoded = self.rollback.keep(slot.index, slot.n_past, slot.n_rows - emitted)
+        if slot.n_rows > 1:
+            slot.n_redecoded = self.rollback.keep(slot.index, slot.n_past, slot.n_rows - emitted)
+        else:
+            slot.n_redecoded = 0
         if not slot.over:
             self.drafter.extend(slot.index, self.target.hidden(), slot.first_row, emitted)
-        return emitted
+        slot.n_emitted = emitted
 
     def _read_prompts(self, slots: list[Slot]) -> list[Slot]:
         """Book the prompt rows just decoded; returns the slots whose prompt is complete, their first token chosen."""
         started = []
-        self._ahead_rows = self._ahead_us = 0
         for slot in slots:
             if slot.generating or not slot.n_rows:
                 continue
@@ -276,11 +273,9 @@ class Loop:
 
     def _emit(self, slot: Slot, token: int) -> None:
         slot.emit(token, self._model.piece(token) if slot.request.stop else b"", self._model.end_tokens)
-        if not slot.stop and len(slot.tokens) > slot.n_ctx:
-            slot.stop = "context"
 
-    def _learn(self, slot: Slot, emitted: int) -> None:
-        policy, asked = slot.policy, slot.n_asked
+    def _learn(self, slot: Slot) -> None:
+        policy, asked, emitted = slot.policy, slot.n_asked, slot.n_emitted
         drafted, accepted = slot.rounds[-1]
         seen = Outcome(asked, drafted, accepted, emitted) if drafted or asked else _PLAIN
         slot.state = policy.rule.learn(policy.params, slot.state, slot.now, seen)
@@ -296,40 +291,34 @@ class Loop:
                 slot.index, slot.number, slot.policy, accepted, drafted, len(verified),
             )  # fmt: skip  # the message above, its values below
 
-    def _observe(self, step: Step, generating: list[Slot], emitted: list[int], started: list[Slot]) -> None:
-        """Hand the step's rows to the observer; a probe's wait until their drafts can be judged."""
-        rows = []
-        for slot, n in zip(generating, emitted, strict=True):
-            ask, (drafted, accepted), tokens = slot.ask, slot.rounds[-1], slot.tokens
-            row = Verification(
-                step.run,
-                slot.number,
-                step.step,
-                len(tokens) - slot.n_prompt - n,  # n_generated
-                slot.n_asked,
-                len(ask.drafts),  # n_proposed
-                drafted,
-                accepted,
-                accepted,  # n_matched
-                slot.n_redecoded,
-                ask.n_decodes,
-                ask.stop,
-                ask.drafts,
-                ask.probs,
-                tokens[-n:],
-            )
-            rows += self._settled(slot, row) if self.probe and self.mtp else (row,)
-        for slot in started:
-            row = Verification(step.run, slot.number, step.step, *_FIRST_TOKEN, [], [], slot.tokens[-1:])
-            rows += self._settled(slot, row) if self.probe and self.mtp else (row,)
-        self.observer.stepped(step, rows)
+    def _observe(self, generating: list[Slot], started: list[Slot]) -> None:
+        """Hand the slots' shares to the observer; a probe's wait until their drafts can be judged."""
+        step, probing, verified = self._n_steps, self.probe is not None and self.mtp, self.observer.verified
+        for slot in generating:
+            ask, n, tokens = slot.ask, slot.n_emitted, slot.tokens
+            drafts, (drafted, accepted) = ask.drafts, slot.rounds[-1]
+            numbers = (
+                slot.number, step, len(tokens) - slot.n_prompt - n, slot.n_asked, len(drafts), drafted, accepted,
+                accepted, slot.n_redecoded, ask.n_decodes,
+            )  # fmt: skip
+            if probing:
+                self._settle(slot, Verification(self.observer.run, *numbers, ask.stop, drafts, ask.probs, tokens[-n:]))
+            else:
+                verified(numbers, ask.stop, drafts, ask.probs, tokens[-n:])
+        for slot in started:  # with a token that the prompt's last batch gave
+            row = (slot.number, step, 0, 0, 0, 0, 0, 0, 0, 0), "off", [], [], slot.tokens[-1:]
+            if probing:
+                self._settle(slot, Verification(self.observer.run, *row[0], *row[1:]))
+            else:
+                verified(*row)
 
-    def _settled(self, slot: Slot, row: Verification) -> list[Verification]:
-        """The rows of ``slot`` whose drafts a probe can judge, now that ``row`` is there."""
+    def _settle(self, slot: Slot, row: Verification) -> None:
+        """Give the probe ``row``, and the observer the rows of ``slot`` whose drafts can now be judged."""
         first, drafted = sum(self._batch.logits[: slot.first_row]) + 1, row.n_drafted
         greedy = slot.request.sampling.temp == 0 and drafted
         choices = choices_of(self.target.logits()[first : first + drafted]) if greedy else []
-        return self.probe.settle(row, choices, slot.tokens[slot.n_prompt :], bool(slot.stop))
+        for known in self.probe.settle(row, choices, slot.tokens[slot.n_prompt :], bool(slot.stop)):
+            self.observer.verified(known[1:-4], *known[-4:])
 
     def finish(self, slot: Slot, now_ns: int) -> Completion:
         """End ``slot``'s request: free the slot, tell the observer, return the completion."""

@@ -60,7 +60,20 @@ def tuned(recorded):
     return path
 
 
-VERBS = {"doctor", "model", "record", "stats", "policies", "replay", "tune", "verify", "generate", "sql", "demo"}
+VERBS = {
+    "doctor",
+    "model",
+    "record",
+    "calibrate",
+    "stats",
+    "policies",
+    "replay",
+    "tune",
+    "verify",
+    "generate",
+    "sql",
+    "demo",
+}
 
 
 def test_help_lists_every_verb():

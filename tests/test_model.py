@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from tracekit.engine.context import Batch
 from tracekit.errors import TracekitError
 from tracekit.model import corpus
 from tracekit.model.build import REFERENCE, build, inspect
-from tracekit.model.prompt_sets import PER_CATEGORY, load
+from tracekit.model.prompt_sets import SETS, load
 from tracekit.policy.spec import parse_one
 
 from .conftest import CATEGORIES, requests
@@ -117,15 +118,14 @@ def test_existing_model_is_not_overwritten(tmp_path):
 
 
 def test_prompt_sets_come_from_the_held_out_text():
-    """Both sets have every category, no prompt in common, and nothing from the training documents."""
-    sets = {name: load(name) for name in PER_CATEGORY}
+    """Every set has the categories it promises, no two a prompt in common, and none any from the training documents."""
+    sets = {name: load(name) for name in SETS}
     for name, prompts in sets.items():
-        assert {c: sum(p.category == c for p in prompts) for c in CATEGORIES} == dict.fromkeys(
-            CATEGORIES, PER_CATEGORY[name]
-        )
-    assert not {p.prompt for p in sets["tune"]} & {p.prompt for p in sets["heldout"]}
+        assert Counter(p.category for p in prompts) == SETS[name]
+    every = [p for prompts in sets.values() for p in prompts]
+    assert len({p.prompt for p in every}) == len({p.id for p in every}) == len(every)
     training = "\0".join(d.text for d in corpus.documents() if not d.held_out and d.kind in ("code", "literate"))
-    for prompt in [*sets["tune"], *sets["heldout"]]:
+    for prompt in every:
         if prompt.category in ("code", "mixed"):
             assert prompt.prompt not in training
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tracekit.errors import TracekitError
+from tracekit.policy.rule import rule
 from tracekit.policy.spec import parse, parse_one
 from tracekit.replay import kernel, link
 from tracekit.replay.arrays import ANY
@@ -187,3 +189,12 @@ def test_attended_cells_add_up(n):
     assert kernel.n_kv_sum(n) == sum(kernel.n_kv(i) for i in range(1, n + 1))
     assert kernel.n_kv(n) % kernel.KV_BLOCK == 0
     assert n <= kernel.n_kv(n) < n + kernel.KV_BLOCK
+
+
+def test_a_step_is_inexact_once(tmp_path):
+    """A step that several reasons leave open counts once: the share of exact steps never falls below none."""
+    path = tmp_path / "long.py"
+    path.write_text(Path(rule("static").path).read_text().replace("params.n_max, params.p_min", "20, 0.0"))
+    c = counts([rule(path)()], made_up(2, probe=False))[0]
+    assert c[:, kernel.INEXACT].any()
+    assert (c[:, kernel.INEXACT] <= c[:, kernel.DRAFT_ROUNDS]).all()

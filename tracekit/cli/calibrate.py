@@ -21,7 +21,7 @@ def calibrate(
     steps: Annotated[int, typer.Option("--steps", help="Steps in a row at each draft length, in each block.")] = 4,
     blocks: Annotated[int, typer.Option("--blocks", help="Rounds over everything; each reads its prompts anew.")] = 3,
     temp: options.Temp = 0.0,
-    seed: options.Seed = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of prompts, order and sampling.")] = 0,
     draft_model: options.DraftModel = None,
     ctx_size: Annotated[
         int, typer.Option("--ctx-size", help="Context per slot, tokens; 0: as much as --contexts need.")
@@ -32,6 +32,8 @@ def calibrate(
     cache_type_k: options.CacheTypeK = "f16",
     cache_type_v: options.CacheTypeV = "f16",
     flash_attn: options.FlashAttn = "auto",
+    spec_draft_backend_sampling: options.SpecDraftBackendSampling = None,
+    backend_sampling: options.BackendSampling = False,
     plot: options.Plot = None,
     force: options.Force = False,
     json: options.Json = False,
@@ -72,6 +74,8 @@ def calibrate(
         cache_type_k,
         cache_type_v,
         flash_attn,
+        spec_draft_backend_sampling,
+        backend_sampling,
     )
     sweep = Sweep(n_max, seed)
     with (

@@ -28,12 +28,15 @@ def generate(
     cache_type_k: options.CacheTypeK = "f16",
     cache_type_v: options.CacheTypeV = "f16",
     flash_attn: options.FlashAttn = "auto",
+    spec_draft_backend_sampling: options.SpecDraftBackendSampling = None,
+    backend_sampling: options.BackendSampling = False,
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
     """Generate text for one prompt with the live engine."""
     import sys
 
+    from tracekit.errors import TracekitError
     from tracekit.policy.spec import parse_one
 
     chosen = parse_one(policy)
@@ -41,11 +44,23 @@ def generate(
     from tracekit.engine import Engine, Sampling
 
     settings = options.settings(
-        n_max, ctx_size, batch_size, threads, gpu_layers, 1, cache_type_k, cache_type_v, flash_attn
+        n_max,
+        ctx_size,
+        batch_size,
+        threads,
+        gpu_layers,
+        1,
+        cache_type_k,
+        cache_type_v,
+        flash_attn,
+        spec_draft_backend_sampling,
+        backend_sampling,
     )
     text = sys.stdin.read() if prompt == "-" else prompt
     wanted = {"max_tokens": max_tokens, "sampling": Sampling(temp=temp, seed=seed), "stop": tuple(stop or ())}
     mtp = chosen.name != "off"
+    if spec_draft_backend_sampling and not mtp:
+        raise TracekitError("--spec-draft-backend-sampling: policy off drafts nothing; add --policy")
     out.show_log()
     with Engine(model, chosen, settings, draft_model if mtp else None, mtp=mtp, trace=trace, force=force) as engine:
         if json:

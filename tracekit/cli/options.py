@@ -15,7 +15,8 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite files that exist
 ModelFile = Annotated[Path, typer.Argument(metavar="MODEL", help="A GGUF file with NextN (MTP) layers.")]
 TraceArgument = Annotated[Path, typer.Argument(metavar="TRACE", help="A trace: the DuckDB file that `record` wrote.")]
 PromptsFile = Annotated[
-    str, typer.Option("--prompts", metavar="FILE", help="JSON lines of prompts, or a shipped set: tune, heldout.")
+    str,
+    typer.Option("--prompts", metavar="FILE", help="JSON lines of prompts, or a shipped set (tune, heldout, mixed)."),
 ]
 DraftModel = Annotated[
     Path | None, typer.Option("--draft-model", metavar="FILE", help="Sidecar GGUF that holds the NextN layers.")
@@ -32,6 +33,16 @@ Parallel = Annotated[int, typer.Option("--parallel", help="Slots served by one d
 CacheTypeK = Annotated[str, typer.Option("--cache-type-k", help="Type of the K cache: f16, f32 or q8_0.")]
 CacheTypeV = Annotated[str, typer.Option("--cache-type-v", help="Type of the V cache: f16, f32 or q8_0.")]
 FlashAttn = Annotated[str, typer.Option("--flash-attn", help="Flash attention: auto, on or off.")]
+SpecDraftBackendSampling = Annotated[
+    bool | None,
+    typer.Option(
+        "--spec-draft-backend-sampling/--no-spec-draft-backend-sampling",
+        help="Pick drafts on the device, without copying logits [default: where the output layer is on a GPU].",
+    ),
+]
+BackendSampling = Annotated[
+    bool, typer.Option("--backend-sampling", help="Sample the target's tokens on the device, too.")
+]
 Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Also draw it: .png, .svg or .html.")]
 
 
@@ -45,6 +56,8 @@ def settings(
     cache_type_k: str,
     cache_type_v: str,
     flash_attn: str,
+    spec_draft_backend_sampling: bool | None,
+    backend_sampling: bool,
 ) -> Settings:
     """The engine's settings from the options above."""
     from tracekit.engine import Settings
@@ -60,4 +73,6 @@ def settings(
         cache_type_v=cache_type_v,
         flash_attn=flash_attn,
         n_max=n_max,
+        spec_draft_backend_sampling=spec_draft_backend_sampling,
+        backend_sampling=backend_sampling,
     )

@@ -38,6 +38,8 @@ def record(
     cache_type_k: options.CacheTypeK = "f16",
     cache_type_v: options.CacheTypeV = "f16",
     flash_attn: options.FlashAttn = "auto",
+    spec_draft_backend_sampling: options.SpecDraftBackendSampling = None,
+    backend_sampling: options.BackendSampling = False,
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
@@ -60,7 +62,17 @@ def record(
     from tracekit.engine.record import record as record_requests
 
     settings = options.settings(
-        n_max, ctx_size, batch_size, threads, gpu_layers, parallel, cache_type_k, cache_type_v, flash_attn
+        n_max,
+        ctx_size,
+        batch_size,
+        threads,
+        gpu_layers,
+        parallel,
+        cache_type_k,
+        cache_type_v,
+        flash_attn,
+        spec_draft_backend_sampling,
+        backend_sampling,
     )
     requests = as_requests(loaded, max_tokens, temp, seed)
     probe = Probe(n_max, seed) if mode == "probe" else None

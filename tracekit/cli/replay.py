@@ -22,7 +22,7 @@ def replay(
     ] = None,
     cost: Annotated[
         Path | None,
-        typer.Option("--cost", metavar="TRACE", help="Take the times from another trace (another machine)."),
+        typer.Option("--cost", metavar="TRACE", help="Take the times from another trace, or a calibration."),
     ] = None,
     sort: Annotated[bool, typer.Option("--sort", help="Fastest first.")] = False,
     plot: options.Plot = None,

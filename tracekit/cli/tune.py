@@ -24,7 +24,7 @@ def tune(
     ] = None,
     cost: Annotated[
         Path | None,
-        typer.Option("--cost", metavar="TRACE", help="Take the times from another trace (another machine)."),
+        typer.Option("--cost", metavar="TRACE", help="Take the times from another trace, or a calibration."),
     ] = None,
     folds: Annotated[int, typer.Option("--folds", help="Parts of the cross-validation, by request.")] = 5,
     seed: options.Seed = 0,

@@ -41,6 +41,8 @@ def verify(
     cache_type_k: options.CacheTypeK = "f16",
     cache_type_v: options.CacheTypeV = "f16",
     flash_attn: options.FlashAttn = "auto",
+    spec_draft_backend_sampling: options.SpecDraftBackendSampling = None,
+    backend_sampling: options.BackendSampling = False,
     plot: options.Plot = None,
     json: options.Json = False,
 ) -> None:
@@ -82,7 +84,17 @@ def verify(
                 f"warning: {text} was tuned on {tuned.evidence.device}, this is {device_name()}; record and tune here"
             )
     settings = options.settings(
-        n_max, ctx_size, batch_size, threads, gpu_layers, 1, cache_type_k, cache_type_v, flash_attn
+        n_max,
+        ctx_size,
+        batch_size,
+        threads,
+        gpu_layers,
+        1,
+        cache_type_k,
+        cache_type_v,
+        flash_attn,
+        spec_draft_backend_sampling,
+        backend_sampling,
     )
     requests = as_requests(loaded, max_tokens, temp, seed)
     with out.progress("live runs") as update:

@@ -11,8 +11,6 @@ from tracekit.engine.lib import ext, llama
 from tracekit.engine.model import Model
 from tracekit.errors import TracekitError
 
-_decode, _synchronize = llama.llama_decode, llama.llama_synchronize
-
 
 class Batch:
     """Rows for one ``llama_decode``: token, position, sequence, whether logits are wanted, and, for MTP, an embedding.
@@ -71,7 +69,8 @@ class Batch:
 class Context:
     """One ``llama_context``. ``target`` makes it the MTP context that drafts for that one.
 
-    ``n_ctx`` is tokens per sequence. Raises :class:`TracekitError` where llama.cpp refuses the settings.
+    ``n_ctx`` is tokens per sequence; ``n_sampled``: most rows of one sequence in a batch whose tokens a backend sampler
+    (:meth:`set_sampler`) chooses. Raises :class:`TracekitError` where llama.cpp refuses the settings.
     """
 
     def __init__(
@@ -86,12 +85,14 @@ class Context:
         type_v: int,
         flash_attn: int,
         target: Context | None = None,
+        n_sampled: int = 1,
     ):
         params = llama.llama_context_default_params()
         params.n_ctx = n_ctx * n_seq
         params.n_batch, params.n_ubatch, params.n_seq_max = n_batch, n_ubatch, n_seq
         params.n_threads = params.n_threads_batch = n_threads
         params.type_k, params.type_v, params.flash_attn_type = type_k, type_v, flash_attn
+        params.n_outputs_max_per_seq = n_sampled
         params.no_perf = True
         if target is not None:
             params.ctx_type = llama.LLAMA_CONTEXT_TYPE_MTP
@@ -101,20 +102,21 @@ class Context:
             raise TracekitError(
                 f"{model.path}: no context of {n_seq} x {n_ctx} tokens ({lib.last_error('no reason given')})"
             )
-        self.memory = llama.llama_get_memory(self.handle)
+        self._memory = ctypes.cast(llama.llama_get_memory(self.handle), ctypes.c_void_p)
         self.n_ctx = llama.llama_n_ctx_seq(self.handle)
         self.n_batch = n_batch
-        self._n_embd, self._n_vocab = model.facts.n_embd, model.facts.n_vocab
+        self._n_embd, self.n_vocab = model.facts.n_embd, model.facts.n_vocab
         self._raw = ctypes.cast(self.handle, ctypes.c_void_p)
-        self._views: dict[tuple[int, int], np.ndarray] = {}
+        self._views: dict[tuple[int, int, type], np.ndarray] = {}
+        self._samplers: dict[int, object] = {}  # chains that llama.cpp runs, by sequence; freed with the context
 
     def decode(self, batch: Batch) -> None:
         """Run ``batch`` and wait for it. Raises :class:`TracekitError` where llama.cpp fails."""
-        code = _decode(self.handle, batch.raw())
+        code = lib.decode(self._raw, batch.raw())
         if code:
             reason = lib.last_error("no reason given")
             raise TracekitError(f"llama_decode returned {code} for {batch.n} tokens ({reason})")
-        _synchronize(self.handle)
+        lib.synchronize(self._raw)
 
     def extract_hidden(self, enabled: bool) -> None:
         """Have every later decode leave the hidden state of every batch row (not only of those with logits) for
@@ -131,26 +133,65 @@ class Context:
 
     def logits(self) -> np.ndarray:
         """Logits ``[n_batch, n_vocab]`` of the last decode, one per batch row marked for output, in order; a view."""
-        return self._view(lib.logits_address(self._raw), self._n_vocab)
+        return self._view(lib.logits_address(self._raw), self.n_vocab)
 
-    def _view(self, address: int | None, width: int) -> np.ndarray:
+    def best(self, row: int) -> int:
+        """The most likely token at batch row ``row`` of the last decode, the first in the vocabulary of equals."""
+        return int(self._view(lib.logits_row_address(self._raw, row), self.n_vocab)[0].argmax())
+
+    def set_sampler(self, seq: int, chain: object | None) -> bool:
+        """Have llama.cpp run the sampler ``chain`` on the device for every output row of ``seq`` (a *backend sampler*):
+        the logits stay there, what the chain leaves of them comes back. The context keeps the chain, and frees it.
+        None: no backend sampler.
+
+        False where the device cannot run all of it; then ``seq`` has none. llama.cpp itself reports only a chain it
+        refuses whole: what of it runs on the device shows in its samplers' names, by a "+" (or "?": does nothing).
+        """
+        taken = llama.llama_set_sampler(self.handle, seq, chain) and all(
+            llama.llama_sampler_name(llama.llama_sampler_chain_get(chain, i))[:1] in (b"+", b"?")
+            for i in range(llama.llama_sampler_chain_n(chain) if chain else 0)
+        )
+        if not taken:
+            llama.llama_set_sampler(self.handle, seq, None)
+        for unused in (self._samplers.pop(seq, None), None if taken else chain):
+            if unused:
+                llama.llama_sampler_free(unused)
+        if taken and chain:
+            self._samplers[seq] = chain
+        return taken
+
+    def candidates(self, row: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """What backend samplers left of the output rows from batch row ``row`` on: token ids ``[n_batch, n]`` int32 and
+        their logits ``[n_batch, n]`` float32, in no order; views. ``n``: how many the chain leaves of each row.
+        """
+        logits = self._view(lib.sampled_logits_address(self._raw, row), self.n_vocab)
+        ids = self._view(lib.sampled_candidates_address(self._raw, row), self.n_vocab, np.int32)
+        return ids[:, :n], logits[:, :n]
+
+    def candidate(self, row: int) -> int:
+        """The one token that a backend sampler left of batch row ``row``."""
+        return ctypes.c_int32.from_address(lib.sampled_candidates_address(self._raw, row)).value
+
+    def _view(self, address: int | None, width: int, dtype: type = np.float32) -> np.ndarray:
         """All of a row-major output buffer as an array; remembered by address, since llama.cpp rarely moves it."""
-        view = self._views.get((address, width))
+        view = self._views.get((address, width, dtype))
         if view is None:
             if address is None:
                 raise TracekitError("llama.cpp returned no output rows; the context was made without them")
             buffer = (ctypes.c_float * (self.n_batch * width)).from_address(address)
-            view = self._views[address, width] = np.frombuffer(buffer, np.float32).reshape(self.n_batch, width)
+            view = self._views[address, width, dtype] = np.frombuffer(buffer, dtype).reshape(self.n_batch, width)
         return view
 
     def remove(self, seq: int, from_pos: int) -> bool:
         """Take every token of ``seq`` at ``from_pos`` and later out of the memory; False where the memory cannot do
         it.
         """
-        return llama.llama_memory_seq_rm(self.memory, seq, from_pos, -1)
+        return lib.memory_remove(self._memory, seq, from_pos, -1)
 
     def close(self) -> None:
         """Free the context."""
         if self.handle:
             llama.llama_free(self.handle)
             self.handle = None
+            for chain in self._samplers.values():
+                llama.llama_sampler_free(chain)

@@ -6,15 +6,20 @@ A drafter is told every hidden row the target produced (:meth:`Drafter.extend`) 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
+from math import exp
 from time import perf_counter_ns
 from typing import Protocol
 
 import numpy as np
 
 from tracekit.engine.context import Batch, Context
+from tracekit.engine.sampling import TOP, draft_chain
 
-TOP = 10  # llama.cpp's draft sampler is top-k 10, and the draft probability a soft-max over those ten
+_PARTS = 256
+
+log = logging.getLogger("tracekit.engine")
 
 
 @dataclass
@@ -127,12 +132,23 @@ class MtpDrafter:
     *Lazy*: hidden rows wait on the host while a slot drafts nothing. *Fused*: they go through the MTP context in the
     batch whose last row yields the first draft, so ``n`` drafts take ``n`` decodes. Rejected drafts are never decoded
     again.
+
+    ``backend_sampling`` asks llama.cpp to find the ten most likely tokens on the device and to leave the logits there;
+    afterwards it says whether llama.cpp does. The drafts and their probabilities are the same.
     """
 
-    def __init__(self, context: Context, n_seq: int, n_embd: int, keep: int = 0):
+    def __init__(self, context: Context, n_seq: int, n_embd: int, keep: int = 0, backend_sampling: bool = False):
         self.times = DraftTimes()
         self._context = context
+        self.backend_sampling = backend_sampling and all(
+            context.set_sampler(seq, draft_chain(context.n_vocab)) for seq in range(n_seq)
+        )
+        if backend_sampling and not self.backend_sampling:
+            for seq in range(n_seq):
+                context.set_sampler(seq, None)
+            log.warning("the device does not run the drafter's sampler; its logits are copied, the processor chooses")
         context.extract_hidden(True)
+        self._top = min(TOP, context.n_vocab)
         self._batch = Batch(context.n_batch, n_embd)
         self._lags = [_Lag(n_embd, keep) for _ in range(n_seq)]
 
@@ -194,11 +210,12 @@ class MtpDrafter:
         while alive:
             context.decode(batch)
             n_decodes += 1
-            logits, hidden = context.logits(), context.hidden()
+            ids, logits = self._outputs(last_rows[0])
+            hidden = context.hidden()
             batch.n, going, rows = 0, [], []
             for i, ask in enumerate(alive):
-                token, drafts = int(logits[i].argmax()), ask.drafts
-                if (probs or ask.p_min > 0) and not self._likely(ask, logits[i], token):
+                token, drafts = _best(ids[i], logits[i]) if ids is not None else int(logits[i].argmax()), ask.drafts
+                if (probs or ask.p_min > 0) and not _likely(ask, logits[i]):
                     ask.n_decodes = n_decodes
                     continue
                 drafts.append(token)
@@ -219,17 +236,45 @@ class MtpDrafter:
         times.catchup_us = (caught_up - started) // 1000
         times.total_us = (perf_counter_ns() - caught_up) // 1000
 
-    @staticmethod
-    def _likely(ask: Ask, logits: np.ndarray, token: int) -> bool:
-        """Measure the probability of ``token``, the best of ``logits``; whether it reaches the ask's ``p_min``."""
-        best = np.partition(logits, -TOP)[-TOP:]
-        p = 1.0 / float(np.exp(best - logits[token]).sum())
-        ask.probs.append(p)
-        if p < ask.p_min:
-            ask.stop = "p_min"
-            return False
-        return True
+    def _outputs(self, first_row: int) -> tuple[np.ndarray | None, np.ndarray]:
+        """Token ids and logits of the ten most likely tokens for each output row, the first being batch row
+        ``first_row``; where the processor chooses, no ids and the logits of the whole vocabulary.
+        """
+        if self.backend_sampling:
+            return self._context.candidates(first_row, self._top)
+        return None, self._context.logits()
 
     def close(self) -> None:
         """Free the MTP context."""
         self._context.close()
+
+
+def _best(ids: np.ndarray, logits: np.ndarray) -> int:
+    """The most likely of the tokens ``ids``; of equals the first in the vocabulary, as an arg-max over it finds."""
+    return int(ids[logits == logits.max()].min())
+
+
+def _largest(logits: np.ndarray) -> list[float]:
+    """The ten largest logits, ascending. Each of 256 interleaved parts has a largest one, and the tenth of these is a
+    bound that only few values reach: a sixth of the time of a partition for large vocabularies.
+    """
+    n = len(logits)
+    if n >= 2 * _PARTS:
+        largest = logits[: n - n % _PARTS].reshape(-1, _PARTS).max(0)
+        largest.partition(_PARTS - TOP)
+        logits = logits[logits >= largest[_PARTS - TOP]]
+    return np.sort(logits)[-TOP:].tolist()
+
+
+def _likely(ask: Ask, logits: np.ndarray) -> bool:
+    """Measure the probability of the most likely token of ``logits``, of the vocabulary or of its ten best in any
+    order; whether it reaches the ask's ``p_min``.
+    """
+    best = _largest(logits)
+    top = best[-1]
+    p = 1.0 / sum([exp(logit - top) for logit in best])
+    ask.probs.append(p)
+    if p < ask.p_min:
+        ask.stop = "p_min"
+        return False
+    return True

@@ -5,8 +5,10 @@ The work of a step is in :mod:`tracekit.engine.loop`; this is what users hold.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter_ns
 
@@ -20,11 +22,14 @@ from tracekit.engine.probe import Probe
 from tracekit.engine.provenance import run_facts
 from tracekit.engine.recorder import Recorder, free_path
 from tracekit.engine.rollback import PartialRollback
+from tracekit.engine.sampling import BackendSampling
 from tracekit.engine.settings import CACHE_TYPES, FLASH_ATTN, Settings
 from tracekit.engine.slot import Completion, Request, Slot
 from tracekit.errors import TracekitError
 from tracekit.policy.rule import Policy, rule
 from tracekit.policy.spec import parse_one
+
+log = logging.getLogger("tracekit.engine")
 
 
 class Engine:
@@ -67,8 +72,10 @@ class Engine:
                     self._drafter = self._make_drafter(draft_model)
             self.placement = Placement.of(log)
             self._check(self.policy)
+            backend_sampling = self._backend_sampling()
             self._loop = Loop(self.model, self._target, self._drafter, PartialRollback(self._target), self.settings)
             self._loop.probe = probe
+            self._loop.backend_sampling = backend_sampling
             path = trace or free_path(os.environ.get("TRACEKIT_TRACE"))
             if path:
                 facts = run_facts(self.model, self.draft_model, self.settings, self.policy, probe, self.placement)
@@ -81,7 +88,18 @@ class Engine:
     def _context(self, model: Model, target: Context | None = None) -> Context:
         s = self.settings
         kinds = CACHE_TYPES[s.cache_type_k], CACHE_TYPES[s.cache_type_v], FLASH_ATTN[s.flash_attn]
-        return Context(model, s.n_slots, s.n_ctx, s.n_batch, s.n_ubatch, s.threads, *kinds, target)
+        n_sampled = s.n_max + 1 if s.backend_sampling and target is None else 1
+        return Context(model, s.n_slots, s.n_ctx, s.n_batch, s.n_ubatch, s.threads, *kinds, target, n_sampled)
+
+    def _backend_sampling(self) -> BackendSampling | None:
+        """The target's, where it is wanted and works; afterwards :attr:`settings` say what both really are."""
+        found = BackendSampling(self._target, self.settings.n_slots) if self.settings.backend_sampling else None
+        if found is not None and not found.works:
+            log.warning("the device does not run the target's samplers; its logits are copied, the processor samples")
+            found = None
+        drafts = getattr(self._drafter, "backend_sampling", False)
+        self.settings = replace(self.settings, backend_sampling=found is not None, spec_draft_backend_sampling=drafts)
+        return found
 
     def _make_drafter(self, draft_model: str | Path | None) -> Drafter:
         source = self.model
@@ -102,11 +120,13 @@ class Engine:
             raise TracekitError(
                 f"{source.path}: {nextn} chained NextN layers; the engine drafts with models that have one"
             )
+        wanted = self.settings.spec_draft_backend_sampling
         return MtpDrafter(
             self._context(source, self._target),
             self.settings.n_slots,
             self.model.facts.n_embd,
             keep=self.settings.n_max + 1,
+            backend_sampling=self.settings.gpu_layers != 0 and lib.has_gpu() if wanted is None else wanted,
         )
 
     def _check(self, policy: Policy) -> None:

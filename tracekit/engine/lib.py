@@ -20,7 +20,16 @@ from tracekit.errors import EngineMissing
 PINNED = "0.3.36"
 _INSTALL = "pip install 'tracekit[engine]'"
 _NEEDED_EXT = ("llama_set_embeddings_nextn", "llama_get_embeddings_nextn")
-_NEEDED = ("llama_model_n_layer_nextn", "llama_memory_seq_rm", "llama_sampler_sample", "LLAMA_CONTEXT_TYPE_MTP")
+_NEEDED = (
+    "llama_model_n_layer_nextn",
+    "llama_memory_seq_rm",
+    "llama_sampler_sample",
+    "llama_sampler_copy",
+    "llama_set_sampler",
+    "llama_get_sampled_candidates_ith",
+    "llama_get_sampled_logits_ith",
+    "LLAMA_CONTEXT_TYPE_MTP",
+)
 
 log = logging.getLogger("tracekit.llama_cpp")
 _recent: deque[str] = deque(maxlen=200)
@@ -66,14 +75,23 @@ llama.llama_log_set(_on_log, ctypes.c_void_p(0))
 llama.llama_backend_init()
 
 
-def _address_of(bound):
-    """The function behind a ctypes binding, returning a plain address: no pointer object per call on the hot path."""
-    prototype = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
+def _plain(bound, result, *arguments):
+    """The function behind a ctypes binding of one with a handle first, taking and returning plain addresses: no pointer
+    object per call on the hot path.
+    """
+    prototype = ctypes.CFUNCTYPE(result, ctypes.c_void_p, *arguments)
     return prototype(ctypes.cast(bound, ctypes.c_void_p).value)
 
 
-logits_address = _address_of(llama.llama_get_logits)
-hidden_address = _address_of(ext.llama_get_embeddings_nextn)
+_int = ctypes.c_int32
+decode = _plain(llama.llama_decode, _int, llama.llama_batch)
+synchronize = _plain(llama.llama_synchronize, None)
+memory_remove = _plain(llama.llama_memory_seq_rm, ctypes.c_bool, _int, _int, _int)
+logits_address = _plain(llama.llama_get_logits, ctypes.c_void_p)
+logits_row_address = _plain(llama.llama_get_logits_ith, ctypes.c_void_p, _int)
+hidden_address = _plain(ext.llama_get_embeddings_nextn, ctypes.c_void_p)
+sampled_logits_address = _plain(llama.llama_get_sampled_logits_ith, ctypes.c_void_p, _int)  # of a batch row
+sampled_candidates_address = _plain(llama.llama_get_sampled_candidates_ith, ctypes.c_void_p, _int)
 
 
 def last_error(since: str = "") -> str:
@@ -106,6 +124,13 @@ def _ggml() -> ctypes.CDLL:
     # by its soname, so that this is the library that llama.cpp has loaded and not a second copy of it
     path = next((p for p in (folder / f"libggml.{s}" for s in ("so.0", "so", "0.dylib", "dylib")) if p.exists()), None)
     return ctypes.CDLL(str(path)) if path else llama._lib
+
+
+def has_gpu() -> bool:
+    """Whether ggml can compute on a GPU here, discrete or integrated."""
+    by_type = _ggml().ggml_backend_dev_by_type
+    by_type.argtypes, by_type.restype = [ctypes.c_int], ctypes.c_void_p
+    return any(by_type(kind) for kind in (1, 2))  # GGML_BACKEND_DEVICE_TYPE_GPU, _IGPU
 
 
 def cuda_graphs() -> bool | None:

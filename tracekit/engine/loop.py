@@ -15,8 +15,9 @@ from typing import Protocol
 from tracekit.engine.context import Batch, Context
 from tracekit.engine.drafter import Ask, Drafter, DraftTimes
 from tracekit.engine.model import Model
-from tracekit.engine.probe import Probe, choices_of
+from tracekit.engine.probe import Probe
 from tracekit.engine.rollback import Rollback
+from tracekit.engine.sampling import BackendSampling
 from tracekit.engine.settings import Settings
 from tracekit.engine.slot import Completion, Slot
 from tracekit.errors import TracekitError
@@ -64,6 +65,7 @@ class Loop:
         self._extracting = False
         self.observer: Observer | None = None
         self.probe: Probe | None = None
+        self.backend_sampling: BackendSampling | None = None
         self.queue: deque[Slot] = deque()
         self.slots: list[Slot | None] = [None] * settings.n_slots
         self._model = model
@@ -124,6 +126,8 @@ class Loop:
             slot.started_ns = perf_counter_ns()
             slot.state = self._state(slot.policy)
             self.target.remove(i, 0)
+            if self.backend_sampling is not None:
+                self.backend_sampling.place(slot.sampler, i)
             slot.over = not self.mtp
             if self.mtp:
                 self.drafter.begin(i)
@@ -314,9 +318,9 @@ class Loop:
 
     def _settle(self, slot: Slot, row: Verification) -> None:
         """Give the probe ``row``, and the observer the rows of ``slot`` whose drafts can now be judged."""
-        first, drafted = sum(self._batch.logits[: slot.first_row]) + 1, row.n_drafted
-        greedy = slot.request.sampling.temp == 0 and drafted
-        choices = choices_of(self.target.logits()[first : first + drafted]) if greedy else []
+        greedy = slot.request.sampling.temp == 0
+        drafted = range(slot.first_row + 1, slot.first_row + 1 + row.n_drafted) if greedy else ()
+        choices = [slot.sampler.sample(self.target, i) for i in drafted]
         for known in self.probe.settle(row, choices, slot.tokens[slot.n_prompt :], bool(slot.stop)):
             self.observer.verified(known[1:-4], *known[-4:])
 

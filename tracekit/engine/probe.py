@@ -10,8 +10,6 @@ from __future__ import annotations
 import random
 from typing import Protocol
 
-import numpy as np
-
 from tracekit.trace.rows import Verification
 
 
@@ -62,8 +60,3 @@ class Probe:
             self.n_checked += 1
             self.n_diverged += choice != following[i + 1]
         return row._replace(n_matched=matched, n_accepted=min(matched, row.n_drafted))
-
-
-def choices_of(logits: np.ndarray) -> list[int]:
-    """The arg-max of each row of ``logits [rows, n_vocab]``."""
-    return [int(t) for t in logits.argmax(-1)]

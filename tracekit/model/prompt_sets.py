@@ -1,9 +1,10 @@
-"""Prompt files: JSON lines of ``{"id", "category", "prompt"}``, and the two sets that ship with the reference model.
+"""Prompt files: JSON lines of ``{"id", "category", "prompt"}``, and the three sets that ship with the reference model.
 
-``tune`` and ``heldout`` come from the held-out part of the text (:mod:`tracekit.model.corpus`), different files each:
-``python -m tracekit.model.prompt_sets`` writes them again. Categories: ``code`` and ``prose`` to continue,
-``repetitive`` (one snippet again and again), ``random`` (meaningless tokens), and ``mixed``, whose continuation
-changes between paragraphs and fenced code on its own.
+``tune``, ``heldout`` and ``mixed`` come from the held-out part of the text (:mod:`tracekit.model.corpus`), a different
+document for every prompt of a category: ``python -m tracekit.model.prompt_sets`` writes them again. Categories:
+``code`` and ``prose`` to continue, ``repetitive`` (one snippet again and again), ``random`` (meaningless tokens), and
+``mixed``, whose continuation changes between paragraphs and fenced code on its own. The set ``mixed`` is every
+document of that category that the other two leave over, for a comparison within it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pathlib import Path
 from tracekit.errors import TracekitError
 
 FOLDER = Path(__file__).parent / "prompts"
-PER_CATEGORY = {"tune": 8, "heldout": 4}
+CATEGORIES = ("code", "prose", "repetitive", "random", "mixed")
+SETS = {"tune": dict.fromkeys(CATEGORIES, 8), "heldout": dict.fromkeys(CATEGORIES, 4), "mixed": {"mixed": 15}}
 _CHARACTERS = 480
 
 
@@ -30,15 +32,15 @@ class Prompt:
 
 
 def load(path: str | Path) -> list[Prompt]:
-    """The prompts in a file, or in the shipped set ``tune`` or ``heldout``. Raises :class:`TracekitError` naming the
+    """The prompts in a file, or in the shipped set of that name (``SETS``). Raises :class:`TracekitError` naming the
     line.
     """
     name = FOLDER / f"{path}.jsonl"
-    file = name if str(path) in PER_CATEGORY else Path(path)
+    file = name if str(path) in SETS else Path(path)
     try:
         lines = file.read_text("utf-8").splitlines()
     except FileNotFoundError:
-        raise TracekitError(f"{path}: no such prompts file; shipped sets: {', '.join(PER_CATEGORY)}") from None
+        raise TracekitError(f"{path}: no such prompts file; shipped sets: {', '.join(SETS)}") from None
     except (UnicodeDecodeError, IsADirectoryError) as error:
         raise TracekitError(f"{path}: not a text file of JSON lines ({error})") from None
     prompts = [_parse(f"{path}, line {n}", line, n) for n, line in enumerate(lines, 1) if line.strip()]
@@ -71,14 +73,14 @@ def _parse(where: str, line: str, number: int) -> Prompt:
 
 
 def build() -> dict[str, list[Prompt]]:
-    """Both shipped sets, made from the held-out documents of this Python's standard library with a fixed seed."""
+    """The shipped sets, made from the held-out documents of this Python's standard library with a fixed seed."""
     from tracekit.model import corpus
 
     documents = corpus.documents()
     held_out = [d for d in documents if d.held_out]
     trained_on = "\0".join(d.text for d in documents if not d.held_out)  # modules that are copies of others are in both
     rng = random.Random(20260)
-    candidates: dict[str, list[str]] = {kind: [] for kind in ("code", "prose", "repetitive", "random", "mixed")}
+    candidates: dict[str, list[str]] = {category: [] for category in CATEGORIES}
     for document in rng.sample(held_out, len(held_out)):
         if document.kind == "code" and (text := _code(document.text, rng)):
             candidates["code"].append(text)
@@ -94,10 +96,11 @@ def build() -> dict[str, list[Prompt]]:
             candidates["mixed"].append(document.text[: end + 5])
     words = sorted({w for d in held_out for w in d.text.split() if w.isascii() and 2 < len(w) < 9})
     candidates["random"] = [" ".join(rng.choices(words, k=60)) for _ in range(40)]
-    sets: dict[str, list[Prompt]] = {name: [] for name in PER_CATEGORY}
+    sets: dict[str, list[Prompt]] = {name: [] for name in SETS}
     for category, found in candidates.items():
         texts = [text for text in found if text not in trained_on]
-        for name, count in PER_CATEGORY.items():
+        for name, counts in SETS.items():
+            count = counts.get(category, 0)
             chosen, texts = texts[:count], texts[count:]
             sets[name] += [Prompt(f"{name}-{category}-{i:02d}", category, text) for i, text in enumerate(chosen, 1)]
     return sets
@@ -113,7 +116,7 @@ def _code(text: str, rng: random.Random) -> str:
 
 
 def main() -> None:
-    """Write both sets into the package."""
+    """Write the sets into the package."""
     for name, prompts in build().items():
         path = FOLDER / f"{name}.jsonl"
         path.write_text("".join(json.dumps(asdict(p)) + "\n" for p in prompts), "utf-8")

@@ -65,7 +65,8 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
     ``first`` is the request's first position in ``match``, ``known`` and ``probs``
     (:class:`tracekit.replay.arrays.Positions`). The rules are the engine's (:mod:`tracekit.engine.loop`): room,
     ``p_min``, acceptance, rows to catch up. Indices are unsigned where it counts: Numba then does not look for
-    negative ones.
+    negative ones. Sums that change only with the batch width wait until it does: the loop has too many numbers for the
+    registers, and is as fast as it does without some of them.
     """
     n_max = probs.shape[1]
     width_at = N_SCALARS
@@ -77,12 +78,14 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
         counts[PROMPT_CATCHUPS] = 1
         counts[PROMPT_CATCHUP_ROWS] = n_prompt
         behind = 1
-    asked_before = 0
+    resting = True  # the policy wanted no drafts the last time it was asked
     drafted_before = -1  # of the target's last decode, and rows of the MTP context's; a prompt's, never equal
     rows_before = 0
     room = min(n_ctx - n_prompt - 1, max_tokens - 1)  # tokens generated before drafts stop fitting
     accepted = emitted = trips = inexact = stopped = kv_stopped = 0
+    kv_run = 0  # cells since the batch width last changed
     kv_all = kv_drafted = long_catchups = long_rows = reshapes = draft_reshapes = 0
+    match, known = match[first : first + n_generated - 1], known[first : first + n_generated - 1]
     while generated < n_generated:
         past = n_prompt + generated - 1
         now = Now(generated, past, max_tokens - generated, 1)
@@ -93,49 +96,58 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
         drafted = 0
         accepted = 0
         if n > 0:
-            position = first + generated - 1
-            if n > n_max:
-                n = n_max
-                inexact += 1
+            unsure = n > n_max
+            n = min(n, n_max)
             drafted = n
             if p_min > 0.0:
+                position = first + generated - 1
                 drafted = 0
-                blind = 0
+                blind = False
                 while drafted < n and (probs[position, drafted] >= p_min or probs[position, drafted] < 0.0):
                     blind |= probs[position, drafted] < 0.0
                     drafted += 1
                 if drafted < n:  # one more was decoded to see that it is improbable
                     stopped += 1
                     kv_stopped += n_kv(past + 1)
-                inexact += blind and drafted <= known[position]
-            accepted = min(drafted, int(match[np.uint64(position)]))
-            inexact += drafted > known[np.uint64(position)]
+                unsure |= blind
+            accepted = min(drafted, int(match[np.uint64(generated - 1)]))
+            inexact += unsure or drafted > known[np.uint64(generated - 1)]
             if behind < n_max + 2:
                 counts[np.uint64(catchup_at + behind)] += 1
             else:
                 long_catchups += 1
                 long_rows += behind
-            alone = n == 1 or (p_min > 0.0 and drafted == 0)
-            draft_reshapes += behind != rows_before
-            draft_reshapes += not alone and behind != 1
-            rows_before = behind if alone else 1
+            if n > 1 and drafted > 0:  # more decodes follow, of one row each
+                draft_reshapes += behind != rows_before
+                draft_reshapes += behind != 1
+                rows_before = 1
+            else:
+                draft_reshapes += behind != rows_before
+                rows_before = behind
             behind = 0
-        elif asked == 0 and asked_before > 0:
-            trips += 1
-        asked_before = asked
+            resting = False
+        elif asked > 0:
+            resting = False
+        else:
+            trips += not resting
+            resting = True
         emitted = min(accepted + 1, n_generated - generated)
         counts[np.uint64(width_at + 1 + drafted)] += 1
-        reshapes += drafted != drafted_before
-        drafted_before = drafted
-        kv = n_kv(past + 1 + drafted)
-        kv_all += kv
-        kv_drafted += kv * drafted
+        if drafted != drafted_before:
+            reshapes += 1
+            kv_drafted += kv_run * drafted_before
+            kv_all += kv_run
+            kv_run = 0
+            drafted_before = drafted
+        kv_run += n_kv(past + 1 + drafted)
         state = learn(params, state, now, Outcome(asked, drafted, accepted, emitted))
         generated += emitted
         behind += emitted
+    kv_all += kv_run
+    kv_drafted += kv_run * drafted_before
     over = n_generated - generated
     if over > 0:  # plain steps to the end
-        trips += asked_before > 0
+        trips += not resting
         reshapes += drafted_before != 0
         kv_all += n_kv_sum(n_prompt + n_generated - 1) - n_kv_sum(n_prompt + generated - 1)
         counts[width_at + 1] += over

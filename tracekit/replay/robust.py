@@ -43,7 +43,7 @@ def slopes(x: np.ndarray, y: np.ndarray, keys: np.ndarray) -> tuple[float, float
 
     In each cell of equal ``key`` the slope is a line's through the robust mean at every value of ``x``.
     """
-    found, weight = {}, {}
+    found, weight, most = {}, {}, {}
     for key in np.unique(keys):
         here = keys == key
         values, counts = np.unique(x[here], return_counts=True)
@@ -54,8 +54,9 @@ def slopes(x: np.ndarray, y: np.ndarray, keys: np.ndarray) -> tuple[float, float
         away = values - np.average(values, weights=counts)
         weight[key] = float((counts * away**2).sum())
         slope = float((counts * away * means).sum()) / weight[key]
-        # context cannot cost more than everything there is: a noisy cell must not drive its level below zero
-        found[key] = min(max(slope, 0.0), 0.8 * float((means / values).min()))
+        # context cannot cost more than everything there is: noise must not drive a cell's level below zero
+        most[key] = 0.8 * float((means / values).min())
+        found[key] = min(max(slope, 0.0), most[key])
     if not found:
         return 0.0, 0.0
     key, slope, w = np.array(list(found)), np.array(list(found.values())), np.array(list(weight.values()))
@@ -63,7 +64,9 @@ def slopes(x: np.ndarray, y: np.ndarray, keys: np.ndarray) -> tuple[float, float
     variance = np.average((key - mean_key) ** 2, weights=w)
     b = np.average((key - mean_key) * (slope - mean_slope), weights=w) / variance if variance else 0.0
     b = float(np.clip(b, 0.0, mean_slope / mean_key))
-    return float(mean_slope - b * mean_key), b
+    a = float(mean_slope - b * mean_key)
+    share = min([1.0, *(most[k] / (a + b * k) for k in most if a + b * k > 0)])
+    return share * a, share * b
 
 
 def line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:

@@ -110,8 +110,7 @@ def as_json(cells: pl.DataFrame) -> dict[str, Any]:
 def surface_tables(cells: pl.DataFrame) -> list[Table]:
     """The surface for a terminal: verifications, what they must bring, drafting, and where the curve jumps."""
     where = cells.select("slots", "context").unique(maintain_order=True).rows()
-    drafts = [k for k in _sizes(cells, TARGET) if k in _SHOWN or k == max(_sizes(cells, TARGET))]
-    rows = [r for r in _sizes(cells, CATCHUP) if r in _SHOWN[1:] or r == max(_sizes(cells, CATCHUP))]
+    drafts, rows = _sizes(cells, TARGET), _sizes(cells, CATCHUP)
     at = {(r["part"], r["slots"], r["context"], r["size"]): r for r in cells.iter_rows(named=True)}
 
     def line(key: tuple[int, int], parts: list[tuple[str, int]]) -> list[str]:
@@ -179,7 +178,9 @@ def surface_notes(cells: pl.DataFrame) -> list[str]:
 
 
 def _sizes(cells: pl.DataFrame, part: str) -> list[int]:
-    return sorted(cells.filter(pl.col("part") == part)["size"].unique())
+    """The sizes of ``part`` that tables show: powers of two and the largest."""
+    sizes = sorted(cells.filter(pl.col("part") == part)["size"].unique())
+    return [s for s in sizes if s in _SHOWN or s == sizes[-1]]
 
 
 def _timing(cell: dict[str, Any] | None) -> str:
@@ -211,16 +212,23 @@ def surface_chart(cells: pl.DataFrame) -> alt.HConcatChart:
     slots = [str(s) for s in sorted(cells["slots"].unique())]
     colour = alt.Color("context:N", sort=contexts, title="context, tokens")
     dash = alt.StrokeDash("slots:N", sort=slots, title="slots")
+    shape = alt.Shape(
+        "part:N",
+        title=None,
+        scale=alt.Scale(
+            domain=[TARGET, NO_MTP, CATCHUP, DRAFT], range=["circle", "diamond", "circle", "triangle-right"]
+        ),
+    )
     tip = ["part", "slots", "context", "size", "tokens", "n", "ms", "low", "high"]
 
     def panel(parts: list[str], title: str, x: str) -> alt.LayerChart:
         rows = shown.filter(pl.col("part").is_in(parts))
-        # one pixel column per size: linear for one number of slots, else every doubling the same distance
+        # linear for one number of slots; for several, a doubling is the same distance everywhere
         scale = alt.Scale(type="log", base=2, nice=False) if len(slots) > 1 else alt.Scale(zero=False)
         base = alt.Chart(rows).encode(x=alt.X("tokens:Q", title=x, scale=scale), color=colour)
         line = base.mark_line().encode(y=alt.Y("ms:Q", title="median ms (quartiles)"), strokeDash=dash)
         bars = base.mark_rule(opacity=0.5).encode(y=alt.Y("low:Q", title="median ms (quartiles)"), y2="high:Q")
-        points = base.mark_point(filled=True, size=22).encode(y="ms:Q", tooltip=tip)
+        points = base.mark_point(filled=True, size=30).encode(y="ms:Q", shape=shape, tooltip=tip)
         return (line.transform_filter(alt.datum.part == parts[0]) + bars + points).properties(
             width=380, height=300, title=title
         )

@@ -67,7 +67,8 @@ class Batch:
 
 
 class Context:
-    """One ``llama_context``. ``target`` makes it the MTP context that drafts for that one.
+    """One ``llama_context``. ``target`` makes it the MTP context that drafts for that one, with the same threads; close
+    it first.
 
     ``n_ctx`` is tokens per sequence; ``n_sampled``: most rows of one sequence in a batch whose tokens a backend sampler
     (:meth:`set_sampler`) chooses. Raises :class:`TracekitError` where llama.cpp refuses the settings.
@@ -108,6 +109,8 @@ class Context:
         self._n_embd, self.n_vocab = model.facts.n_embd, model.facts.n_vocab
         self._raw = ctypes.cast(self.handle, ctypes.c_void_p)
         self._views: dict[tuple[int, int, type], np.ndarray] = {}
+        self._threads = lib.ThreadPool(n_threads) if target is None else None
+        (self if target is None else target)._threads.attach(self._raw)
         self._samplers: dict[int, object] = {}  # chains that llama.cpp runs, by sequence; freed with the context
 
     def decode(self, batch: Batch) -> None:
@@ -195,3 +198,5 @@ class Context:
             self.handle = None
             for chain in self._samplers.values():
                 llama.llama_sampler_free(chain)
+            if self._threads is not None:
+                self._threads.close()

@@ -26,6 +26,11 @@ class Batch:
         self.embd = np.zeros((n_rows, n_embd), np.float32) if n_embd else None
         self._seq = np.zeros(n_rows, np.int32)
         self._n_seq = np.ones(n_rows, np.int32)
+        # ctypes arrays of the same memory take single numbers and short lists in half the time
+        self._tokens, self._positions, self._seqs = (
+            (ctypes.c_int32 * n_rows).from_buffer(values) for values in (self.token, self.pos, self._seq)
+        )
+        self._outputs = (ctypes.c_int8 * n_rows).from_buffer(self.logits)
         self._seq_pointers = (ctypes.POINTER(ctypes.c_int32) * n_rows)(
             *(ctypes.cast(self._seq.ctypes.data + 4 * i, ctypes.POINTER(ctypes.c_int32)) for i in range(n_rows))
         )
@@ -41,15 +46,15 @@ class Batch:
     def add(self, token: int, pos: int, seq: int, logits: bool) -> int:
         """Append one row; returns its index."""
         i = self.n
-        self.token[i], self.pos[i], self._seq[i], self.logits[i] = token, pos, seq, logits
+        self._tokens[i], self._positions[i], self._seqs[i], self._outputs[i] = token, pos, seq, logits
         self.n = i + 1
         return i
 
     def extend(self, tokens: list[int], pos: int, seq: int, logits: bool) -> int:
         """Append ``tokens`` at consecutive positions from ``pos``; returns the first row's index."""
         i, j = self.n, self.n + len(tokens)
-        self.token[i:j] = tokens
-        self.pos[i:j] = range(pos, pos + len(tokens))
+        self._tokens[i:j] = tokens
+        self._positions[i:j] = range(pos, pos + len(tokens))
         self._seq[i:j] = seq
         self.logits[i:j] = logits
         self.n = j
@@ -62,7 +67,8 @@ class Batch:
 
 
 class Context:
-    """One ``llama_context``. ``target`` makes it the MTP context that drafts for that one.
+    """One ``llama_context``. ``target`` makes it the MTP context that drafts for that one, with the same threads; close
+    it first.
 
     ``n_ctx`` is tokens per sequence; ``n_sampled``: most rows of one sequence in a batch whose tokens a backend sampler
     (:meth:`set_sampler`) chooses. Raises :class:`TracekitError` where llama.cpp refuses the settings.
@@ -103,6 +109,8 @@ class Context:
         self._n_embd, self.n_vocab = model.facts.n_embd, model.facts.n_vocab
         self._raw = ctypes.cast(self.handle, ctypes.c_void_p)
         self._views: dict[tuple[int, int, type], np.ndarray] = {}
+        self._threads = lib.ThreadPool(n_threads) if target is None else None
+        (self if target is None else target)._threads.attach(self._raw)
         self._samplers: dict[int, object] = {}  # chains that llama.cpp runs, by sequence; freed with the context
 
     def decode(self, batch: Batch) -> None:
@@ -190,3 +198,5 @@ class Context:
             self.handle = None
             for chain in self._samplers.values():
                 llama.llama_sampler_free(chain)
+            if self._threads is not None:
+                self._threads.close()

@@ -126,6 +126,53 @@ def _ggml() -> ctypes.CDLL:
     return ctypes.CDLL(str(path)) if path else llama._lib
 
 
+class _ThreadPoolParams(ctypes.Structure):  # ggml.h: ggml_threadpool_params
+    _fields_ = [
+        ("cpumask", ctypes.c_bool * 512),
+        ("n_threads", ctypes.c_int),
+        ("prio", ctypes.c_int),
+        ("poll", ctypes.c_uint32),
+        ("strict_cpu", ctypes.c_bool),
+        ("paused", ctypes.c_bool),
+    ]
+
+
+class ThreadPool:
+    """Threads for the processor's share of every graph, kept between graphs; otherwise ggml makes a pool for each.
+
+    As llama-server has it (common/common.cpp, ``common_threadpools::init``). Free it after the contexts it is attached
+    to.
+    """
+
+    def __init__(self, n_threads: int):
+        ggml = _ggml()
+        ggml.ggml_backend_dev_by_type.argtypes = [ctypes.c_int]
+        ggml.ggml_backend_dev_backend_reg.argtypes = [ctypes.c_void_p]
+        ggml.ggml_backend_reg_get_proc_address.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+        ggml.ggml_threadpool_params_init.argtypes = [ctypes.POINTER(_ThreadPoolParams), ctypes.c_int]
+        for lookup in ("dev_by_type", "dev_backend_reg", "reg_get_proc_address"):
+            getattr(ggml, f"ggml_backend_{lookup}").restype = ctypes.c_void_p
+        registry = ggml.ggml_backend_dev_backend_reg(ggml.ggml_backend_dev_by_type(0))  # the processor
+        new, free = (
+            ggml.ggml_backend_reg_get_proc_address(registry, name)
+            for name in (b"ggml_threadpool_new", b"ggml_threadpool_free")
+        )
+        params = _ThreadPoolParams()
+        ggml.ggml_threadpool_params_init(params, n_threads)
+        self._free = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(free)
+        self._pool = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(_ThreadPoolParams))(new)(params)
+
+    def attach(self, context: ctypes.c_void_p) -> None:
+        """Have the ``llama_context`` compute with these threads."""
+        attach = llama._lib.llama_attach_threadpool  # llama-cpp-python does not bind it
+        attach.argtypes, attach.restype = [ctypes.c_void_p] * 3, None
+        attach(context, self._pool, None)
+
+    def close(self) -> None:
+        """Free the threads."""
+        self._free(self._pool)
+
+
 def has_gpu() -> bool:
     """Whether ggml can compute on a GPU here, discrete or integrated."""
     by_type = _ggml().ggml_backend_dev_by_type

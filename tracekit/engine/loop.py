@@ -13,7 +13,7 @@ from time import perf_counter_ns
 from typing import Protocol
 
 from tracekit.engine.context import Batch, Context
-from tracekit.engine.drafter import Ask, Drafter
+from tracekit.engine.drafter import Ask, Drafter, DraftTimes
 from tracekit.engine.model import Model
 from tracekit.engine.probe import Probe
 from tracekit.engine.rollback import Rollback
@@ -23,13 +23,14 @@ from tracekit.engine.slot import Completion, Slot
 from tracekit.errors import TracekitError
 from tracekit.policy.interface import NEVER, Now, Outcome
 from tracekit.policy.rule import Policy
-from tracekit.trace.rows import RequestEnd, RequestRow, Step, Verification
+from tracekit.trace.rows import RequestEnd, RequestRow, Verification
 
 log = logging.getLogger("tracekit.engine")
 
 _NOT_ASKED = Ask(0, [], 0, 0.0, stop="off")
 _NO_ROOM = Ask(0, [], 0, 0.0, stop="room")
 _PLAIN = Outcome(0, 0, 0, 1)
+_NO_TIMES = DraftTimes()
 
 
 class Observer(Protocol):
@@ -40,8 +41,16 @@ class Observer(Protocol):
     def began(self, request: RequestRow) -> None:
         """A request was given a slot."""
 
-    def stepped(self, step: Step, verifications: list[Verification]) -> None:
-        """A step is done; a probe's verifications come some steps later."""
+    def stepped(self, *moments: int) -> None:
+        """A step is done: the fields of :class:`~tracekit.trace.rows.Moments`."""
+
+    def verified(
+        self, numbers: tuple[int, ...], stop: str, draft_ids: list[int], draft_probs: list[float], tokens: list[int]
+    ) -> None:
+        """A slot's share of a step is known, for a probe some steps later: ``numbers`` are the fields of
+        :class:`~tracekit.trace.rows.Verification` from ``request`` to ``n_decodes``, then come the others. Making a row
+        object of them would take as long as all the rest of recording.
+        """
 
     def ended(self, request: RequestEnd) -> None:
         """A request is finished."""
@@ -62,18 +71,18 @@ class Loop:
         self._model = model
         self._batch = Batch(settings.n_batch)
         self._shared: dict[Policy, object] = {}  # states of policies whose scope is the engine
-        self._n_steps = self._record_us = self._ahead_rows = self._ahead_us = 0
-        self._epoch_ns = 0
+        self._n_steps = self._record_ns = self._ahead_rows = self._ahead_us = 0
 
     def step(self) -> list[Completion]:
         """One target decode for all slots; returns the requests it finished. Does nothing without requests."""
         began = perf_counter_ns()
-        self._admit()
+        if self.queue:
+            self._admit()
         slots = [s for s in self.slots if s is not None]
         if not slots:
             return []
         generating = [s for s in slots if s.generating]
-        n_past = sum(s.n_past for s in generating)
+        n_past = sum([s.n_past for s in generating]) if self.observer is not None else 0
         asks = [ask for s in generating if (ask := self._decide(s, len(generating))) is not None]
         self._extract(slots)
         decided = perf_counter_ns()
@@ -83,44 +92,29 @@ class Loop:
         filled = perf_counter_ns()
         self.target.decode(self._batch)
         decoded = perf_counter_ns()
-        emitted = [self._verify(s) for s in generating]
-        started = self._read_prompts(slots)
+        for slot in generating:
+            self._verify(slot)
+        started = self._read_prompts(slots) if n_prompt else []
         sampled = perf_counter_ns()
-        for slot, n in zip(generating, emitted, strict=True):
-            if not slot.over and not self.probe:
-                self._learn(slot, n)
+        if self.probe is None:
+            for slot in generating:
+                if not slot.over:
+                    self._learn(slot)
         learned = perf_counter_ns()
         for slot in started:
             slot.first_token_ns = learned
         if self.observer is not None:
-            self._epoch_ns = self._epoch_ns or began
-            times = self.drafter.times if asks else None
-            step = Step(
-                run=self.observer.run,
-                step=self._n_steps,
-                t_us=(began - self._epoch_ns) // 1000,
-                mtp=self._extracting,
-                n_slots=len(generating),
-                n_tokens=self._batch.n,
-                n_prompt=n_prompt,
-                n_past=n_past,
-                n_draft_decodes=times.n_decodes if times else 0,
-                n_draft_slots=len(asks),
-                n_catchup=times.n_rows if times else 0,
-                first_draft_us=times.first_us if times else 0,
-                draft_us=times.total_us if times else 0,
-                n_ahead=self._ahead_rows,
-                catchup_us=self._ahead_us + (times.catchup_us if times else 0),
-                target_us=(decoded - filled) // 1000,
-                sample_us=(sampled - decoded) // 1000 - self._ahead_us,
-                policy_us=(decided - began + learned - sampled) // 1000,
-                record_us=self._record_us,
-                wall_us=(learned - began) // 1000,
-            )
-            self._observe(step, list(zip(generating, emitted, strict=True)), started)
+            times = self.drafter.times if asks else _NO_TIMES
+            self._observe(generating, started)
+            self.observer.stepped(
+                began, decided, filled, decoded, sampled, learned, self._n_steps, self._extracting, len(generating),
+                self._batch.n, n_prompt, n_past, times.n_decodes, len(asks), times.n_rows, times.first_us,
+                times.total_us, self._ahead_rows, self._ahead_us, times.catchup_us, self._record_ns,
+            )  # fmt: skip
+            self._ahead_rows = self._ahead_us = 0
         self._n_steps += 1
         done = [self.finish(s, learned) for s in slots if s.stop]
-        self._record_us = (perf_counter_ns() - learned) // 1000
+        self._record_ns += perf_counter_ns() - learned
         return done
 
     def _admit(self) -> None:
@@ -152,7 +146,7 @@ class Loop:
 
     def _extract(self, slots: list[Slot]) -> None:
         """Have the target's hidden states copied out while a slot may still want drafts, and only then."""
-        wanted = not all(s.over for s in slots)
+        wanted = False in [s.over for s in slots]
         if wanted != self._extracting:
             self._extracting = wanted
             self.target.extract_hidden(wanted)
@@ -222,10 +216,13 @@ class Loop:
             slot.n_rows = 1 + (self.probe.width(len(drafts)) if self.probe else len(drafts))
             if slot.n_rows > 1:
                 self.rollback.before(slot.index, slot.n_past)
-            slot.first_row = batch.add(slot.tokens[-1], slot.n_past, slot.index, True)
-            for i in range(slot.n_rows - 1):
-                batch.add(drafts[i], slot.n_past + 1 + i, slot.index, True)
+                rows = [slot.tokens[-1], *drafts[: slot.n_rows - 1]]
+                slot.first_row = batch.extend(rows, slot.n_past, slot.index, True)
+            else:
+                slot.first_row = batch.add(slot.tokens[-1], slot.n_past, slot.index, True)
         n_generating = batch.n
+        if len(generating) == len(slots):
+            return 0
         for slot in slots:
             if not slot.generating:
                 chunk = slot.tokens[slot.n_past : slot.n_past + self.settings.n_batch - batch.n]
@@ -235,29 +232,32 @@ class Loop:
                     batch.logits[batch.n - 1] = 1
         return batch.n - n_generating
 
-    def _verify(self, slot: Slot) -> int:
-        """Sample the slot's rows, accepting drafts while they are what was sampled; returns tokens emitted."""
-        drafts, last = slot.ask.drafts, 0 if self.probe else slot.n_rows - 1
+    def _verify(self, slot: Slot) -> None:
+        """Sample the slot's rows, accepting drafts while they are what was sampled."""
+        drafts, last, first = slot.ask.drafts, 0 if self.probe else slot.n_rows - 1, slot.first_row
+        sample, target = slot.sampler.sample, self.target
         emitted, accepted = 0, 0
         while True:
-            token = slot.sampler.sample(self.target, slot.first_row + emitted)
+            token = sample(target, first + emitted)
             self._emit(slot, token)
             right = emitted < last and token == drafts[emitted]
             emitted += 1
             accepted += right
-            if slot.stop or not right:
+            if not right or slot.stop:
                 break
         slot.rounds.append((slot.n_rows - 1, accepted))
         slot.n_past += emitted
-        slot.n_redecoded = self.rollback.keep(slot.index, slot.n_past, slot.n_rows - emitted)
+        if slot.n_rows > 1:
+            slot.n_redecoded = self.rollback.keep(slot.index, slot.n_past, slot.n_rows - emitted)
+        else:
+            slot.n_redecoded = 0
         if not slot.over:
             self.drafter.extend(slot.index, self.target.hidden(), slot.first_row, emitted)
-        return emitted
+        slot.n_emitted = emitted
 
     def _read_prompts(self, slots: list[Slot]) -> list[Slot]:
         """Book the prompt rows just decoded; returns the slots whose prompt is complete, their first token chosen."""
         started = []
-        self._ahead_rows = self._ahead_us = 0
         for slot in slots:
             if slot.generating or not slot.n_rows:
                 continue
@@ -277,11 +277,9 @@ class Loop:
 
     def _emit(self, slot: Slot, token: int) -> None:
         slot.emit(token, self._model.piece(token) if slot.request.stop else b"", self._model.end_tokens)
-        if not slot.stop and len(slot.tokens) > slot.n_ctx:
-            slot.stop = "context"
 
-    def _learn(self, slot: Slot, emitted: int) -> None:
-        policy, asked = slot.policy, slot.n_asked
+    def _learn(self, slot: Slot) -> None:
+        policy, asked, emitted = slot.policy, slot.n_asked, slot.n_emitted
         drafted, accepted = slot.rounds[-1]
         seen = Outcome(asked, drafted, accepted, emitted) if drafted or asked else _PLAIN
         slot.state = policy.rule.learn(policy.params, slot.state, slot.now, seen)
@@ -297,38 +295,34 @@ class Loop:
                 slot.index, slot.number, slot.policy, accepted, drafted, len(verified),
             )  # fmt: skip  # the message above, its values below
 
-    def _observe(self, step: Step, verified: list[tuple[Slot, int]], started: list[Slot]) -> None:
-        """Hand the step's rows to the observer; a probe's wait until their drafts can be judged."""
-        rows = []
-        for slot, emitted in [*verified, *((s, 1) for s in started)]:
-            prompt = slot.n_generated == 1
-            ask = _NOT_ASKED if prompt else slot.ask
-            drafted, accepted = (0, 0) if prompt else slot.rounds[-1]
-            row = Verification(
-                run=step.run,
-                request=slot.number,
-                step=step.step,
-                n_generated=slot.n_generated - emitted,
-                n_asked=0 if prompt else slot.n_asked,
-                n_proposed=len(ask.drafts),
-                n_drafted=drafted,
-                n_accepted=accepted,
-                n_matched=accepted,
-                n_redecoded=0 if prompt else slot.n_redecoded,
-                n_decodes=ask.n_decodes,
-                stop=ask.stop,
-                draft_ids=ask.drafts,
-                draft_probs=ask.probs,
-                tokens=slot.tokens[-emitted:],
-            )
-            if self.probe and self.mtp:
-                greedy = slot.request.sampling.temp == 0 and drafted
-                rows_drafted = range(slot.first_row + 1, slot.first_row + 1 + drafted) if greedy else ()
-                choices = [slot.sampler.sample(self.target, i) for i in rows_drafted]
-                rows += self.probe.settle(row, choices, slot.tokens[slot.n_prompt :], bool(slot.stop))
+    def _observe(self, generating: list[Slot], started: list[Slot]) -> None:
+        """Hand the slots' shares to the observer; a probe's wait until their drafts can be judged."""
+        step, probing, verified = self._n_steps, self.probe is not None and self.mtp, self.observer.verified
+        for slot in generating:
+            ask, n, tokens = slot.ask, slot.n_emitted, slot.tokens
+            drafts, (drafted, accepted) = ask.drafts, slot.rounds[-1]
+            numbers = (
+                slot.number, step, len(tokens) - slot.n_prompt - n, slot.n_asked, len(drafts), drafted, accepted,
+                accepted, slot.n_redecoded, ask.n_decodes,
+            )  # fmt: skip
+            if probing:
+                self._settle(slot, Verification(self.observer.run, *numbers, ask.stop, drafts, ask.probs, tokens[-n:]))
             else:
-                rows.append(row)
-        self.observer.stepped(step, rows)
+                verified(numbers, ask.stop, drafts, ask.probs, tokens[-n:])
+        for slot in started:  # with a token that the prompt's last batch gave
+            row = (slot.number, step, 0, 0, 0, 0, 0, 0, 0, 0), "off", [], [], slot.tokens[-1:]
+            if probing:
+                self._settle(slot, Verification(self.observer.run, *row[0], *row[1:]))
+            else:
+                verified(*row)
+
+    def _settle(self, slot: Slot, row: Verification) -> None:
+        """Give the probe ``row``, and the observer the rows of ``slot`` whose drafts can now be judged."""
+        greedy = slot.request.sampling.temp == 0
+        drafted = range(slot.first_row + 1, slot.first_row + 1 + row.n_drafted) if greedy else ()
+        choices = [slot.sampler.sample(self.target, i) for i in drafted]
+        for known in self.probe.settle(row, choices, slot.tokens[slot.n_prompt :], bool(slot.stop)):
+            self.observer.verified(known[1:-4], *known[-4:])
 
     def finish(self, slot: Slot, now_ns: int) -> Completion:
         """End ``slot``'s request: free the slot, tell the observer, return the completion."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from typing import Any
 import duckdb
 
 from tracekit.engine.gpu import GpuSensors
-from tracekit.trace.rows import GpuReading, RequestEnd, RequestRow, RunEnd, Step, Verification
+from tracekit.trace.pending import Pending
+from tracekit.trace.rows import GpuReading, RunEnd
 from tracekit.trace.writer import TraceWriter
 
 log = logging.getLogger("tracekit.engine")
@@ -45,29 +45,13 @@ class Recorder:
         self._writer = TraceWriter(path, force)
         self._writer.append_run(run)
         self._interval_s = interval_s
-        self._began: deque[RequestRow] = deque()
-        self._steps: deque[Step] = deque()
-        self._verifications: deque[Verification] = deque()
-        self._ended: deque[RequestEnd] = deque()
-        self._first_us = self._last_us = self._record_us = self._writer_ns = 0
+        self._pending = Pending(self.run)
+        self.began, self.ended = self._pending.began, self._pending.ended
+        self.stepped, self.verified = self._pending.stepped, self._pending.verified
+        self._nothing, self._writer_ns = True, 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._write_until_stopped, name="tracekit-recorder", daemon=True)
         self._thread.start()
-
-    def began(self, request: RequestRow) -> None:
-        """Queue a request's row."""
-        self._began.append(request)
-
-    def stepped(self, step: Step, verifications: list[Verification]) -> None:
-        """Queue a step's rows."""
-        self._steps.append(step)
-        self._verifications += verifications
-        self._record_us += step.record_us
-        self._last_us = step.t_us + step.wall_us
-
-    def ended(self, request: RequestEnd) -> None:
-        """Queue the row of a request's end."""
-        self._ended.append(request)
 
     def _write_until_stopped(self) -> None:
         while not self._stop.wait(self._interval_s):
@@ -76,20 +60,11 @@ class Recorder:
     def _flush(self) -> None:
         """Write what has come in."""
         began = time.thread_time_ns()
-        ended, verifications, steps, requests = map(
-            _drain, (self._ended, self._verifications, self._steps, self._began)
-        )
-        if not self.failed and (steps or requests or ended):
+        batches = self._pending.take()
+        if not self.failed and any(map(len, batches.values())):
+            self._nothing = False
             try:
-                self._writer.append(
-                    {
-                        "requests": requests,
-                        "steps": steps,
-                        "verifications": verifications,
-                        "request_ends": ended,
-                        "gpu_readings": self._sensors(self.run, self._last_us),
-                    }
-                )
+                self._writer.append(batches | {"gpu_readings": self._sensors(self.run, self._pending.wall_us)})
             except (duckdb.Error, OSError) as error:
                 self.failed = str(error).splitlines()[0]
                 log.error(
@@ -104,25 +79,21 @@ class Recorder:
 
         A recording in which nothing ever happened leaves no file behind.
         """
-        nothing = not self._last_us and not self._began
         self._stop.set()
         self._thread.join()
         self._flush()
-        if nothing:
+        if self._nothing:
             self._writer.close()
             self.path.unlink(missing_ok=True)
         elif not self.failed:
-            end = RunEnd(self.run, self._last_us, self._record_us, self._writer_ns // 1000, n_checked, n_diverged)
+            spent = self._pending.wall_us, self._pending.record_us, self._writer_ns // 1000
+            end = RunEnd(self.run, *spent, n_checked, n_diverged)
             try:
                 self._writer.append({"run_ends": [end]})
                 self._writer.close()
             except duckdb.Error as error:
                 self.failed = str(error).splitlines()[0]
                 log.error("closing %s failed (%s); what was committed is kept", self.path, self.failed)
-
-
-def _drain(queue: deque) -> list:
-    return [queue.popleft() for _ in range(len(queue))]
 
 
 def free_path(wanted: str | None) -> Path | None:

@@ -77,10 +77,12 @@ class Slot:
         self.n_past = 0  # tokens in the target's memory
         self.n_ctx = n_ctx
         self.max_tokens = request.max_tokens
+        self._full = min(self.n_prompt + request.max_tokens, n_ctx + 1)  # tokens, the prompt's included
         self.sampler = Sampler(request.sampling)
         self.ask: Ask | None = None
         self.n_asked = 0
         self.first_row = self.n_rows = 0  # the slot's rows of the current target batch
+        self.n_emitted = 0  # tokens, in the step under way
         self.n_redecoded = 0
         self.stop = ""
         self.rounds: list[tuple[int, int]] = []  # (drafted, accepted) of every step, plain ones included
@@ -115,8 +117,8 @@ class Slot:
             return
         if self.request.stop:
             self._find_stop(piece)
-        if not self.stop and self.n_generated >= self.max_tokens:
-            self.stop = "length"
+        if len(self.tokens) >= self._full and not self.stop:
+            self.stop = "length" if self.n_generated >= self.max_tokens else "context"
 
     def _find_stop(self, piece: bytes) -> None:
         seen = len(self._bytes)

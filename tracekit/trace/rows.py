@@ -70,6 +70,34 @@ class Step(NamedTuple):
     wall_us: int
 
 
+class Moments(NamedTuple):
+    """A step as the generating thread leaves it: moments, in nanoseconds of a monotonic clock, where :class:`Step` has
+    spans. Working those out can wait until they are written.
+    """
+
+    began_ns: int
+    decided_ns: int
+    filled_ns: int  # drafts made, batch filled
+    decoded_ns: int
+    sampled_ns: int
+    learned_ns: int
+    step: int
+    mtp: bool
+    n_slots: int
+    n_tokens: int
+    n_prompt: int
+    n_past: int
+    n_draft_decodes: int
+    n_draft_slots: int
+    n_catchup: int
+    first_draft_us: int
+    draft_us: int
+    n_ahead: int
+    ahead_us: int  # catching up prompts as they were read, between decoded_ns and sampled_ns
+    catchup_us: int  # rows ahead of a draft
+    record_ns: int  # in all steps before
+
+
 class GpuReading(NamedTuple):
     """What one GPU was doing at one moment; -1 for what it does not tell."""
 

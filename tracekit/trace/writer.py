@@ -31,6 +31,8 @@ _ARROW = {
     "REAL[]": pa.list_(pa.float32()),
 }
 
+Rows = Sequence[tuple] | pa.Table  # of one table: tuples in column order, or columns by name
+
 
 @cache
 def columns(table: str) -> dict[str, pa.DataType]:
@@ -38,6 +40,12 @@ def columns(table: str) -> dict[str, pa.DataType]:
     body = re.search(rf"CREATE TABLE {table} \((.*?)\n\);", schema.TABLES, re.DOTALL)[1]
     found = re.findall(r"^    (\w+) ([A-Z]+(?:\[\])?)", body, re.MULTILINE)
     return {name: _ARROW[kind] for name, kind in found if name != "PRIMARY"}
+
+
+def _transposed(table: str, rows: Sequence[tuple]) -> pa.Table:
+    kinds = columns(table)
+    arrays = [pa.array(values, kind) for values, kind in zip(zip(*rows, strict=True), kinds.values(), strict=True)]
+    return pa.Table.from_arrays(arrays, list(kinds))
 
 
 class TraceWriter:
@@ -57,25 +65,22 @@ class TraceWriter:
         except duckdb.Error as error:
             raise TracekitError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from None
 
-    def append(self, batches: Mapping[str, Sequence[tuple]]) -> None:
-        """Append rows (tuples in column order) to each named table, in one transaction. Raises ``duckdb.Error``."""
+    def append(self, batches: Mapping[str, Rows]) -> None:
+        """Append to each named table, in one transaction. Raises ``duckdb.Error``."""
         self._con.begin()
         try:
             for table, rows in batches.items():
-                if not rows:
-                    continue
-                arrays = [
-                    pa.array(values, kind)
-                    for values, kind in zip(zip(*rows, strict=True), columns(table).values(), strict=True)
-                ]
-                self._con.register("batch", pa.Table.from_arrays(arrays, list(columns(table))))
-                self._con.execute(f"INSERT INTO {table} SELECT * FROM batch")
-                self._con.unregister("batch")
+                if len(rows):
+                    self._insert(table, rows if isinstance(rows, pa.Table) else _transposed(table, rows))
             self._con.commit()
         except duckdb.Error:
             with contextlib.suppress(duckdb.Error):  # past use; the file keeps what was committed
                 self._con.rollback()
             raise
+
+    def _insert(self, table: str, batch: pa.Table) -> None:
+        """DuckDB finds ``batch`` by its name: registering it would take as long again as inserting it."""
+        self._con.execute(f"INSERT INTO {table} FROM batch")
 
     def append_run(self, run: Mapping[str, Any]) -> None:
         """Append the provenance row; ``settings`` and ``machine`` may be mappings. Raises ``KeyError`` for a missing

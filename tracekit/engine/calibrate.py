@@ -51,11 +51,18 @@ class Plan:
         """Steps of one number of slots in one context and block, at every draft length."""
         return (self.n_max + 1) * self.steps
 
+    @property
+    def n_plain(self) -> int:
+        """Plain steps after these: everything is held against them, and they are the cheapest. Never fewer than it
+        takes to judge the last drafts.
+        """
+        return self.n_cell // 2
+
     def n_steps(self, context: int, n_batch: int) -> int:
         """Decodes that one context takes in one block, the reading of its prompts included."""
         # slots that generate take a row each of the batch that reads the next prompt
         reading = sum(-(-context // (n_batch - active)) for active in range(self.slots[-1]))
-        return reading + len(self.slots) * (self.n_cell + self.n_max + 1)
+        return reading + len(self.slots) * (self.n_cell + self.n_plain)
 
     def n_ctx(self, n_batch: int) -> int:
         """Context that a slot needs: the longest prompt, a token for each step, and the drafts of the last."""
@@ -119,7 +126,7 @@ class _Calibration:
         for n_slots in reversed(self.plan.slots):
             while len(numbers) > n_slots:
                 self.engine.cancel(numbers.pop())
-            for _ in range(self.plan.n_max + 1):  # as many as it takes to judge the last drafts
+            for _ in range(self.plan.n_plain):
                 self._step(NEVER)
         while numbers:
             self.engine.cancel(numbers.pop())

@@ -9,9 +9,12 @@ import textwrap
 
 import duckdb
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tracekit.errors import TracekitError
 from tracekit.trace import rows, schema
+from tracekit.trace.pending import Pending
 from tracekit.trace.store import open_trace
 from tracekit.trace.writer import TraceWriter, columns
 
@@ -29,6 +32,47 @@ TABLES = {
 def test_rows_have_the_columns_of_their_table(table):
     """Row tuples and table declarations cannot drift apart."""
     assert TABLES[table]._fields == tuple(columns(table))
+
+
+_SMALL = st.integers(0, 2**15 - 1)
+_VERIFICATIONS = st.builds(
+    rows.Verification,
+    run=st.just(3),
+    **dict.fromkeys(rows.Verification._fields[1:11], _SMALL),
+    stop=st.sampled_from(["off", "n_max", "p_min", "room"]),
+    draft_ids=st.lists(_SMALL, max_size=3),
+    draft_probs=st.lists(st.floats(0, 1, width=32), max_size=3),
+    tokens=st.lists(_SMALL, max_size=3),
+)
+
+
+@given(st.lists(st.none() | _VERIFICATIONS))
+def test_pending_rows_come_out_as_they_went_in(events):
+    """Rows leave their buffers whole and in order, however often they are taken out (at each None)."""
+    pending, batches = Pending(run=3), []
+    for row in [*events, None]:
+        if row is None:
+            batches.append(pending.take()["verifications"])
+        else:
+            pending.verified(row[1:-4], *row[-4:])
+    found = [rows.Verification(*row.values()) for batch in batches for row in batch.to_pylist()]
+    assert found == [row for row in events if row is not None]
+
+
+def test_a_step_is_worked_out_of_its_moments():
+    """Spans are whole microseconds, their parts fit into the whole, and rounding loses no time spent recording."""
+    pending = Pending(run=3)
+    names = dict.fromkeys(rows.Moments._fields, 0) | {"ahead_us": 2, "catchup_us": 1}
+    for step, began in enumerate((5_000_000_900, 5_000_100_900, 5_000_200_900)):
+        times = (began + t for t in (0, 1_900, 10_000, 60_000, 67_000, 70_100))
+        pending.stepped(
+            *rows.Moments(**names | dict(zip(names, times, strict=False), step=step, record_ns=1_600 * step))
+        )
+    found = [rows.Step(*row.values()) for row in pending.take()["steps"].to_pylist()]
+    assert [s.t_us for s in found] == [0, 100, 200]
+    assert [s.record_us for s in found] == [0, 1, 2]
+    assert {s[12:] for s in (s._replace(record_us=0) for s in found)} == {(0, 0, 3, 50, 5, 5, 0, 70)}
+    assert (pending.wall_us, pending.record_us) == (270, 3)
 
 
 def test_schema_is_what_duckdb_makes_of_it(tmp_path):

@@ -105,12 +105,12 @@ class Loop:
             slot.first_token_ns = learned
         if self.observer is not None:
             times = self.drafter.times if asks else _NO_TIMES
-            self._observe(generating, started)
             self.observer.stepped(
                 began, decided, filled, decoded, sampled, learned, self._n_steps, self._extracting, len(generating),
                 self._batch.n, n_prompt, n_past, times.n_decodes, len(asks), times.n_rows, times.first_us,
                 times.total_us, self._ahead_rows, self._ahead_us, times.catchup_us, self._record_ns,
             )  # fmt: skip
+            self._observe(generating, started)
             self._ahead_rows = self._ahead_us = 0
         self._n_steps += 1
         done = [self.finish(s, learned) for s in slots if s.stop]

@@ -60,18 +60,18 @@ class Recorder:
     def _flush(self) -> None:
         """Write what has come in."""
         began = time.thread_time_ns()
-        batches = self._pending.take()
-        if not self.failed and any(map(len, batches.values())):
-            self._nothing = False
-            try:
+        try:
+            batches = self._pending.take()
+            if not self.failed and any(map(len, batches.values())):
+                self._nothing = False
                 self._writer.append(batches | {"gpu_readings": self._sensors(self.run, self._pending.wall_us)})
-            except (duckdb.Error, OSError) as error:
-                self.failed = str(error).splitlines()[0]
-                log.error(
-                    "recording into %s stopped (%s); generation goes on, what was committed is kept",
-                    self.path,
-                    self.failed,
-                )
+        except (duckdb.Error, OSError, ValueError) as error:  # ValueError: a number too large for its column
+            if self.failed:
+                return
+            self.failed = str(error).splitlines()[0]
+            log.error(
+                "recording into %s stopped (%s); generation goes on, what was committed is kept", self.path, self.failed
+            )
         self._writer_ns += time.thread_time_ns() - began
 
     def close(self, n_checked: int = 0, n_diverged: int = 0) -> None:

@@ -109,7 +109,7 @@ class Loop:
                 began, decided, filled, decoded, sampled, learned, self._n_steps, self._extracting, len(generating),
                 self._batch.n, n_prompt, n_past, times.n_decodes, len(asks), times.n_rows, times.first_us,
                 times.total_us, self._ahead_rows, self._ahead_us, times.catchup_us, self._record_ns,
-            )  # fmt: skip
+            )  # fmt: skip  # what happened when, then how much
             self._observe(generating, started)
             self._ahead_rows = self._ahead_us = 0
         self._n_steps += 1
@@ -304,7 +304,7 @@ class Loop:
             numbers = (
                 slot.number, step, len(tokens) - slot.n_prompt - n, slot.n_asked, len(drafts), drafted, accepted,
                 accepted, slot.n_redecoded, ask.n_decodes,
-            )  # fmt: skip
+            )  # fmt: skip  # what happened when, then how much
             if probing:
                 self._settle(slot, Verification(self.observer.run, *numbers, ask.stop, drafts, ask.probs, tokens[-n:]))
             else:

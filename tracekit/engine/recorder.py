@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import pyarrow as pa
 
 from tracekit.engine.gpu import GpuSensors
 from tracekit.trace.pending import Pending

@@ -15,7 +15,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # imported when first used: the command line stays quick, and analysis never needs the engine
 _PLACES = {

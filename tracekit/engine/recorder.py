@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
-import pyarrow as pa
 
 from tracekit.engine.gpu import GpuSensors
 from tracekit.trace.pending import Pending

@@ -61,6 +61,7 @@ def tuned(recorded):
 
 
 VERBS = {
+    "campaign",
     "doctor",
     "model",
     "record",

@@ -139,8 +139,7 @@ def test_shipped_plans_are_whole(name):
     """Every shipped plan parses, names policies that exist, and asks for nothing the engine would refuse."""
     plan, text = read_plan(name)
     assert tomllib.loads(text)["about"]
-    for live in plan.live:
-        assert live.name
+    assert len({live.name for live in plan.live}) == len(plan.live)
     biggest = max(plan.calibrate.slots) * (plan.calibrate.n_max + 1)
     assert biggest <= 512
     assert (PLANS / f"{name}.toml").is_file()
@@ -174,6 +173,7 @@ def test_a_gpu_that_is_demanded_and_missing_stops_the_campaign(tmp_path, monkeyp
     result = run(path, "-o", tmp_path / "out", "--models", tmp_path / "models", code=2)
     assert "llama.cpp sees no GPU" in result.stderr
     assert not list((tmp_path / "out").glob("*.duckdb"))
+    assert not list((tmp_path / "models").iterdir())
 
 
 def test_carried_scripts_are_sound(tmp_path):

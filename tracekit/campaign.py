@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 import tomllib
 from dataclasses import dataclass, replace
@@ -70,7 +71,8 @@ class Live(_Strict):
     @property
     def name(self) -> str:
         """Part of the file's name."""
-        return f"live-{self.head}-{parse_one(self.policy).name}-{self.slots}x{self.context}"
+        policy = re.sub(r"[^a-z0-9.]+", "-", parse_one(self.policy).label)
+        return f"live-{self.head}-{policy}-{self.slots}x{self.context}"
 
 
 class Plan(_Strict):
@@ -131,6 +133,8 @@ class Campaign:
         """Every stage that is missing, the most telling first. Raises :class:`Pause` before one that would begin after
         the time given.
         """
+        if self.plan.require_gpu:
+            demand_gpu(surroundings())  # before gigabytes are written
         findings = []
         for size in self.plan.sizes:
             aligned, sidecar = self._build(size)

@@ -1,4 +1,4 @@
-"""A campaign on the processor: the stages that a lent GPU will run, small, stopped half-way and gone on with."""
+"""A campaign on the processor: the stages that a borrowed GPU will run, small, stopped half-way and gone on with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``tracekit campaign``: everything one wants from a machine that is lent for an hour."""
+"""``tracekit campaign``: everything one wants from a machine that is there for an hour."""
 
 from __future__ import annotations
 

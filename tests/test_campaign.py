@@ -161,6 +161,7 @@ def test_bad_plans_get_one_line(tmp_path, edit, message):
     assert message in result.stderr
     assert not (tmp_path / "out").exists()
     assert "no such plan" in run("nothing", "-o", tmp_path / "out", code=2).stderr
+    assert "choose other folders" in run("smoke", "-o", path, code=2).stderr  # a file, not a folder
 
 
 def test_a_gpu_that_is_demanded_and_missing_stops_the_campaign(tmp_path, monkeypatch):

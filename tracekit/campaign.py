@@ -178,7 +178,10 @@ class Campaign:
     def _check(self, size: Size, model: Path) -> None:
         """Note where the model lies in ``environment.json``; refuse to go on where it should be on a GPU and is not."""
         path = self.folder / "environment.json"
-        known = json.loads(path.read_text()) if path.exists() else surroundings() | {"models": {}}
+        try:
+            known = json.loads(path.read_text()) if path.exists() else surroundings() | {"models": {}}
+        except ValueError as error:
+            raise TracekitError(f"{path}: not JSON ({error}); remove it to look again") from None
         if size.name not in known["models"]:
             facts = examine(model, self.gpu_layers)
             if self.plan.require_gpu:

@@ -39,9 +39,12 @@ def campaign(
     wanted, text = read_plan(plan)
     if minutes < 0:
         raise TracekitError(f"--minutes {minutes:g}: 0 or more")
-    open_campaign(output, text, force)
     place = models or cache_folder().parent / "models"
-    place.mkdir(parents=True, exist_ok=True)
+    try:
+        open_campaign(output, text, force)
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TracekitError(f"{error.filename}: {error.strerror}; choose other folders with -o and --models") from None
     under_way = Campaign(wanted, output, place, out.teller(), gpu_layers, threads, minutes, time.monotonic())
     try:
         findings = under_way.run()

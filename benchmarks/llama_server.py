@@ -150,16 +150,19 @@ def compare(model: str, args: argparse.Namespace) -> None:
     print(f"tokens and (drafted, accepted) equal llama-server's in {equal} of {len(pairs)} requests")
     for n, prompt, a, b, c in other_counts:
         print(f"  n_max {n}, prompt {prompt}: ours {a.drafts}, llama-server {b.drafts}, and twice in a row {c.drafts}")
-    print(f"{'n_max':>5}  {'ours, tokens/s':>26}  {'llama-server, tokens/s':>26}  {'ratio':>30}  ratio, whole request")
+    sides = f"{'ours, tokens/s':>26}  {'llama-server, tokens/s':>26}"
+    print(f"{'n_max':>5}  {'accepted':>8}  {sides}  {'ratio':>30}  ratio, whole request")
     for n in LENGTHS:
         speeds = {
             (who, whole): [speed(runs[who, n, k], whole) for k in range(args.repeats)]
             for who in ("ours", "theirs")
             for whole in (False, True)
         }
+        drafted, accepted = (sum(r.drafts[i] for r in first["ours", n]) for i in (0, 1))
+        share = f"{100 * accepted / drafted:.0f} %" if drafted else "-"
         a, b = speeds["ours", False], speeds["theirs", False]
         both = ratio(speeds["ours", True], speeds["theirs", True])
-        print(f"{n:5d}  {middle(a):>26}  {middle(b):>26}  {ratio(a, b):>30}  {both}")
+        print(f"{n:5d}  {share:>8}  {middle(a):>26}  {middle(b):>26}  {ratio(a, b):>30}  {both}")
 
 
 def speed(runs: list[Run], whole: bool) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -10,10 +11,11 @@ import typer
 from tracekit.cli import options, out
 
 
+@options.with_engine
 def calibrate(
     model: options.ModelFile,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The calibration to write (DuckDB).")],
-    n_max: options.NMax = 16,
+    n_max: Annotated[int, typer.Option("--n-max", help="Longest draft that is measured.")] = 16,
     slots: Annotated[str, typer.Option("--slots", help="Numbers of slots that generate at once.")] = "1,4,16",
     contexts: Annotated[
         str, typer.Option("--contexts", help="Context depths: tokens of (random) prompt per slot.")
@@ -22,18 +24,11 @@ def calibrate(
     blocks: Annotated[int, typer.Option("--blocks", help="Rounds over everything; each reads its prompts anew.")] = 3,
     temp: options.Temp = 0.0,
     seed: Annotated[int, typer.Option("--seed", help="Seed of prompts, order and sampling.")] = 0,
-    draft_model: options.DraftModel = None,
     ctx_size: Annotated[
         int, typer.Option("--ctx-size", help="Context per slot, tokens; 0: as much as --contexts need.")
     ] = 0,
-    batch_size: options.BatchSize = 512,
-    threads: options.Threads = 0,
-    gpu_layers: options.GpuLayers = -1,
-    cache_type_k: options.CacheTypeK = "f16",
-    cache_type_v: options.CacheTypeV = "f16",
-    flash_attn: options.FlashAttn = "auto",
-    spec_draft_backend_sampling: options.SpecDraftBackendSampling = None,
-    backend_sampling: options.BackendSampling = False,
+    *,
+    engine_options: options.EngineOptions,
     plot: options.Plot = None,
     force: options.Force = False,
     json: options.Json = False,
@@ -53,33 +48,21 @@ def calibrate(
 
     plan = Plan(n_slots, depths, n_max, steps, blocks)
     rows = plan.slots[-1] * (n_max + 1)
-    if rows > batch_size:
+    if rows > engine_options.batch_size:
         raise TracekitError(
-            f"--batch-size {batch_size} cannot verify --n-max {n_max} drafts for --slots {plan.slots[-1]}; "
-            f"raise it to {rows}, or lower one of these"
+            f"--batch-size {engine_options.batch_size} cannot verify --n-max {n_max} drafts for --slots "
+            f"{plan.slots[-1]}; raise it to {rows}, or lower one of these"
         )
-    needed = plan.n_ctx(batch_size)
+    needed = plan.n_ctx(engine_options.batch_size)
     if ctx_size and ctx_size < needed:
         raise TracekitError(
             f"--ctx-size {ctx_size} does not hold --contexts {plan.contexts[-1]} and what is generated after it; "
             f"raise it to {needed}, or leave it out"
         )
-    settings = options.settings(
-        n_max,
-        ctx_size or needed,
-        batch_size,
-        threads,
-        gpu_layers,
-        plan.slots[-1],
-        cache_type_k,
-        cache_type_v,
-        flash_attn,
-        spec_draft_backend_sampling,
-        backend_sampling,
-    )
+    settings = replace(engine_options, ctx_size=ctx_size or needed).settings(plan.slots[-1])
     sweep = Sweep(n_max, seed)
     with (
-        Engine(model, None, settings, draft_model, trace=output, probe=sweep, force=force) as engine,
+        Engine(model, None, settings, engine_options.draft_model, trace=output, probe=sweep, force=force) as engine,
         out.progress("decodes") as update,
     ):
         measure(engine, sweep, plan, Sampling(temp=temp, seed=seed), update)

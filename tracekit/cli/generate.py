@@ -10,6 +10,7 @@ import typer
 from tracekit.cli import options, out
 
 
+@options.with_engine
 def generate(
     model: options.ModelFile,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue; - reads standard input.")],
@@ -19,17 +20,8 @@ def generate(
     max_tokens: options.MaxTokens = 128,
     temp: options.Temp = 0.0,
     seed: options.Seed = 0,
-    n_max: options.NMax = 8,
-    draft_model: options.DraftModel = None,
-    ctx_size: options.CtxSize = 1024,
-    batch_size: options.BatchSize = 512,
-    threads: options.Threads = 0,
-    gpu_layers: options.GpuLayers = -1,
-    cache_type_k: options.CacheTypeK = "f16",
-    cache_type_v: options.CacheTypeV = "f16",
-    flash_attn: options.FlashAttn = "auto",
-    spec_draft_backend_sampling: options.SpecDraftBackendSampling = None,
-    backend_sampling: options.BackendSampling = False,
+    *,
+    engine_options: options.EngineOptions,
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
@@ -43,26 +35,16 @@ def generate(
 
     from tracekit.engine import Engine, Sampling
 
-    settings = options.settings(
-        n_max,
-        ctx_size,
-        batch_size,
-        threads,
-        gpu_layers,
-        1,
-        cache_type_k,
-        cache_type_v,
-        flash_attn,
-        spec_draft_backend_sampling,
-        backend_sampling,
-    )
+    settings = engine_options.settings()
     text = sys.stdin.read() if prompt == "-" else prompt
     wanted = {"max_tokens": max_tokens, "sampling": Sampling(temp=temp, seed=seed), "stop": tuple(stop or ())}
     mtp = chosen.name != "off"
-    if spec_draft_backend_sampling and not mtp:
+    if engine_options.spec_draft_backend_sampling and not mtp:
         raise TracekitError("--spec-draft-backend-sampling: policy off drafts nothing; add --policy")
     out.show_log()
-    with Engine(model, chosen, settings, draft_model if mtp else None, mtp=mtp, trace=trace, force=force) as engine:
+    with Engine(
+        model, chosen, settings, engine_options.draft_model if mtp else None, mtp=mtp, trace=trace, force=force
+    ) as engine:
         if json:
             done = engine.generate(text, **wanted)
         else:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,61 +22,80 @@ PromptsFile = Annotated[
     str,
     typer.Option("--prompts", metavar="FILE", help="JSON lines of prompts, or a shipped set (tune, heldout, mixed)."),
 ]
-DraftModel = Annotated[
-    Path | None, typer.Option("--draft-model", metavar="FILE", help="Sidecar GGUF that holds the NextN layers.")
-]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Tokens to generate for each prompt.")]
 Temp = Annotated[float, typer.Option("--temp", help="Temperature; 0 is greedy.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random; request i samples with seed + i.")]
-NMax = Annotated[int, typer.Option("--n-max", help="Most tokens that may be drafted at once.")]
-CtxSize = Annotated[int, typer.Option("--ctx-size", help="Context per slot, tokens.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", help="Most tokens in one llama_decode.")]
 Threads = Annotated[int, typer.Option("--threads", help="CPU threads; 0: one per physical core.")]
 GpuLayers = Annotated[int, typer.Option("--gpu-layers", help="Layers on the GPU; -1: all.")]
-Parallel = Annotated[int, typer.Option("--parallel", help="Slots served by one decode.")]
-CacheTypeK = Annotated[str, typer.Option("--cache-type-k", help="Type of the K cache: f16, f32 or q8_0.")]
-CacheTypeV = Annotated[str, typer.Option("--cache-type-v", help="Type of the V cache: f16, f32 or q8_0.")]
-FlashAttn = Annotated[str, typer.Option("--flash-attn", help="Flash attention: auto, on or off.")]
-SpecDraftBackendSampling = Annotated[
-    bool | None,
-    typer.Option(
-        "--spec-draft-backend-sampling/--no-spec-draft-backend-sampling",
-        help="Pick drafts on the device, without copying logits [default: where the output layer is on a GPU].",
-    ),
-]
-BackendSampling = Annotated[
-    bool, typer.Option("--backend-sampling", help="Sample the target's tokens on the device, too.")
-]
 Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Also draw it: .png, .svg or .html.")]
 
 
-def settings(
-    n_max: int,
-    ctx_size: int,
-    batch_size: int,
-    threads: int,
-    gpu_layers: int,
-    parallel: int,
-    cache_type_k: str,
-    cache_type_v: str,
-    flash_attn: str,
-    spec_draft_backend_sampling: bool | None,
-    backend_sampling: bool,
-) -> Settings:
-    """The engine's settings from the options above."""
-    from tracekit.engine import Settings
+@dataclass(frozen=True)
+class EngineOptions:
+    """What every verb that runs an engine lets its user choose."""
 
-    return Settings(
-        n_slots=parallel,
-        n_ctx=ctx_size,
-        n_batch=batch_size,
-        n_ubatch=batch_size,
-        threads=threads,
-        gpu_layers=gpu_layers,
-        cache_type_k=cache_type_k,
-        cache_type_v=cache_type_v,
-        flash_attn=flash_attn,
-        n_max=n_max,
-        spec_draft_backend_sampling=spec_draft_backend_sampling,
-        backend_sampling=backend_sampling,
-    )
+    n_max: Annotated[int, typer.Option(help="Most tokens that may be drafted at once.")] = 8
+    draft_model: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Sidecar GGUF that holds the NextN layers.")
+    ] = None
+    ctx_size: Annotated[int, typer.Option(help="Context per slot, tokens.")] = 1024
+    batch_size: Annotated[int, typer.Option(help="Most tokens in one llama_decode.")] = 512
+    threads: Threads = 0
+    gpu_layers: GpuLayers = -1
+    cache_type_k: Annotated[str, typer.Option(help="Type of the K cache: f16, f32 or q8_0.")] = "f16"
+    cache_type_v: Annotated[str, typer.Option(help="Type of the V cache: f16, f32 or q8_0.")] = "f16"
+    flash_attn: Annotated[str, typer.Option(help="Flash attention: auto, on or off.")] = "auto"
+    spec_draft_backend_sampling: Annotated[
+        bool | None,
+        typer.Option(
+            help="Pick drafts on the device, without copying logits [default: where the output layer is on a GPU]."
+        ),
+    ] = None
+    backend_sampling: Annotated[
+        bool, typer.Option("--backend-sampling", help="Sample the target's tokens on the device, too.")
+    ] = False
+
+    def settings(self, n_slots: int = 1) -> Settings:
+        """The engine's settings for ``n_slots`` slots. Raises :class:`~tracekit.errors.TracekitError` for values that
+        cannot work.
+        """
+        from tracekit.engine import Settings
+
+        return Settings(
+            n_slots=n_slots,
+            n_ctx=self.ctx_size,
+            n_batch=self.batch_size,
+            n_ubatch=self.batch_size,
+            threads=self.threads,
+            gpu_layers=self.gpu_layers,
+            cache_type_k=self.cache_type_k,
+            cache_type_v=self.cache_type_v,
+            flash_attn=self.flash_attn,
+            n_max=self.n_max,
+            spec_draft_backend_sampling=self.spec_draft_backend_sampling,
+            backend_sampling=self.backend_sampling,
+        )
+
+
+def with_engine(verb: Callable[..., None]) -> Callable[..., None]:
+    """``verb`` with every field of :class:`EngineOptions` as an option of its own, where it takes ``engine_options``.
+
+    A parameter of its own with a field's name, for another default or help, stands for that field.
+    """
+    shared = inspect.signature(EngineOptions, eval_str=True).parameters
+    own = inspect.signature(verb, eval_str=True).parameters
+
+    @functools.wraps(verb)
+    def run(**given: object) -> None:
+        chosen = EngineOptions(**{name: given[name] for name in shared})
+        verb(**{name: value for name, value in given.items() if name in own}, engine_options=chosen)
+
+    seen = [
+        p
+        for name, parameter in own.items()
+        for p in ([s for n, s in shared.items() if n not in own] if name == "engine_options" else [parameter])
+    ]
+    seen = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in seen]
+    run.__signature__ = inspect.Signature(seen)
+    run.__annotations__ = {p.name: p.annotation for p in seen}
+    return run

@@ -10,6 +10,7 @@ import typer
 from tracekit.cli import options, out
 
 
+@options.with_engine
 def record(
     model: options.ModelFile,
     prompts: options.PromptsFile,
@@ -28,18 +29,9 @@ def record(
     max_tokens: options.MaxTokens = 128,
     temp: options.Temp = 0.0,
     seed: options.Seed = 0,
-    n_max: options.NMax = 8,
-    draft_model: options.DraftModel = None,
-    ctx_size: options.CtxSize = 1024,
-    batch_size: options.BatchSize = 512,
-    threads: options.Threads = 0,
-    gpu_layers: options.GpuLayers = -1,
-    parallel: options.Parallel = 1,
-    cache_type_k: options.CacheTypeK = "f16",
-    cache_type_v: options.CacheTypeV = "f16",
-    flash_attn: options.FlashAttn = "auto",
-    spec_draft_backend_sampling: options.SpecDraftBackendSampling = None,
-    backend_sampling: options.BackendSampling = False,
+    parallel: Annotated[int, typer.Option("--parallel", help="Slots served by one decode.")] = 1,
+    *,
+    engine_options: options.EngineOptions,
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
@@ -61,24 +53,12 @@ def record(
     from tracekit.engine.record import as_requests
     from tracekit.engine.record import record as record_requests
 
-    settings = options.settings(
-        n_max,
-        ctx_size,
-        batch_size,
-        threads,
-        gpu_layers,
-        parallel,
-        cache_type_k,
-        cache_type_v,
-        flash_attn,
-        spec_draft_backend_sampling,
-        backend_sampling,
-    )
+    settings = engine_options.settings(parallel)
     requests = as_requests(loaded, max_tokens, temp, seed)
-    probe = Probe(n_max, seed) if mode == "probe" else None
+    probe = Probe(settings.n_max, seed) if mode == "probe" else None
     out.show_log()
     with (
-        Engine(model, chosen, settings, draft_model, trace=output, probe=probe, force=force) as engine,
+        Engine(model, chosen, settings, engine_options.draft_model, trace=output, probe=probe, force=force) as engine,
         out.progress("tokens") as update,
     ):
         done = record_requests(engine, requests, mode == "probe" if baseline is None else baseline, update)

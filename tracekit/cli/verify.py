@@ -10,6 +10,7 @@ import typer
 from tracekit.cli import options, out
 
 
+@options.with_engine
 def verify(
     model: options.ModelFile,
     policy_file: Annotated[
@@ -32,17 +33,8 @@ def verify(
     max_tokens: options.MaxTokens = 128,
     temp: options.Temp = 0.0,
     seed: options.Seed = 0,
-    n_max: options.NMax = 8,
-    draft_model: options.DraftModel = None,
-    ctx_size: options.CtxSize = 1024,
-    batch_size: options.BatchSize = 512,
-    threads: options.Threads = 0,
-    gpu_layers: options.GpuLayers = -1,
-    cache_type_k: options.CacheTypeK = "f16",
-    cache_type_v: options.CacheTypeV = "f16",
-    flash_attn: options.FlashAttn = "auto",
-    spec_draft_backend_sampling: options.SpecDraftBackendSampling = None,
-    backend_sampling: options.BackendSampling = False,
+    *,
+    engine_options: options.EngineOptions,
     plot: options.Plot = None,
     json: options.Json = False,
 ) -> None:
@@ -65,7 +57,7 @@ def verify(
     tuned = file.read(text) if text.endswith(".toml") else file.PolicyFile(spec.parse_one(text))
     others = [p for text in also or [] for p in spec.parse(text)]
     loaded = load(prompts)
-    cost = fit(open_trace(trace), n_max) if trace else None
+    cost = fit(open_trace(trace), engine_options.n_max) if trace else None
 
     from tracekit.engine.model import sha256_of
     from tracekit.engine.provenance import device_name
@@ -83,24 +75,12 @@ def verify(
             out.say(
                 f"warning: {text} was tuned on {tuned.evidence.device}, this is {device_name()}; record and tune here"
             )
-    settings = options.settings(
-        n_max,
-        ctx_size,
-        batch_size,
-        threads,
-        gpu_layers,
-        1,
-        cache_type_k,
-        cache_type_v,
-        flash_attn,
-        spec_draft_backend_sampling,
-        backend_sampling,
-    )
+    settings = engine_options.settings()
     requests = as_requests(loaded, max_tokens, temp, seed)
+    arms = [*standard_arms(tuned.policy, settings.n_max), *(Arm(p.label, p) for p in others)]
     with out.progress("live runs") as update:
         verdict = run(
-            model, [*standard_arms(tuned.policy, n_max), *(Arm(p.label, p) for p in others)], requests, settings,
-            draft_model, repeats, cost, seed, update,
+            model, arms, requests, settings, engine_options.draft_model, repeats, cost, seed, update,
         )  # fmt: skip  # what is run, then how
     if json:
         out.print_json(verdict.as_json())

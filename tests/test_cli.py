@@ -88,6 +88,21 @@ def test_help_lists_every_verb():
         assert lines[2].strip()
 
 
+def test_every_engine_option_changes_the_settings():
+    """No option of the engine is forgotten on its way into the settings; the sidecar goes to the engine itself."""
+    from dataclasses import fields, replace
+
+    from tracekit.cli.options import EngineOptions
+
+    changed = {str: "q8_0", int: 9, bool: True}
+    plain = EngineOptions(threads=1)
+    for field in fields(EngineOptions):
+        old = getattr(plain, field.name)
+        new = {"flash_attn": "off", "batch_size": 256}.get(field.name, changed.get(type(old), True))
+        same = replace(plain, **{field.name: new}).settings() == plain.settings()
+        assert same == (field.name == "draft_model"), field.name
+
+
 def test_version():
     """The version is the package's."""
     import tracekit as package

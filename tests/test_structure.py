@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "trace": {"errors"},
     "policy": {"errors"},
     "model": {"errors"},
-    "replay": {"errors", "trace", "policy"},
+    "folders": set(),
+    "replay": {"errors", "folders", "trace", "policy"},
     "tune": {"errors", "trace", "policy", "replay"},
     "engine": {"errors", "trace", "policy"},
     "testing": {"errors", "policy", "replay"},
@@ -32,7 +33,7 @@ MAY_IMPORT = {
     "campaign": {"errors", "policy", "engine", "model", "study"},
     "api": {"errors", "trace", "policy", "replay", "tune", "report"},
     "cli": {"errors", "trace", "policy", "replay", "tune", "report", "engine", "model", "verify", "study", "demo"}
-    | {"campaign"},
+    | {"campaign", "folders"},
     "__main__": {"errors", "cli"},
     "__init__": set(),
 }

@@ -34,12 +34,12 @@ def campaign(
 
     from tracekit.campaign import Campaign, Pause, open_campaign, read_plan
     from tracekit.errors import TracekitError
-    from tracekit.replay.link import cache_folder
+    from tracekit.folders import cache_folder
 
     wanted, text = read_plan(plan)
     if minutes < 0:
         raise TracekitError(f"--minutes {minutes:g}: 0 or more")
-    place = models or cache_folder().parent / "models"
+    place = models or cache_folder("models")
     try:
         open_campaign(output, text, force)
         place.mkdir(parents=True, exist_ok=True)

@@ -59,10 +59,12 @@ class Recorder:
 
     def _flush(self) -> None:
         """Write what has come in."""
+        if not self._pending:
+            return
         began = time.thread_time_ns()
         try:
             batches = self._pending.take()
-            if not self.failed and any(map(len, batches.values())):
+            if not self.failed:
                 self._nothing = False
                 self._writer.append(batches | {"gpu_readings": self._sensors(self.run, self._pending.wall_us)})
         except (duckdb.Error, OSError, ValueError) as error:  # ValueError: a number too large for its column

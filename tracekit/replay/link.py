@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from tracekit.errors import TracekitError
+from tracekit.folders import cache_folder
 from tracekit.policy import interface
 from tracekit.policy.rule import Rule
 from tracekit.replay import kernel
@@ -58,15 +59,6 @@ _COMPILED = "from numba import njit as _njit"
 _INTERPRETED = "def _njit(function, **options): return function"
 _PLACE = "from tracekit.policy.shipped.off import Params, begin, decide, learn  # the policy\n"
 _CASTS = {"int": "int({})", "float": "float({})", "bool": "{} != 0"}
-
-
-def cache_folder() -> Path:
-    """Where compiled policies are kept: ``TRACEKIT_CACHE``, or the user's cache folder."""
-    root = (
-        os.environ.get("TRACEKIT_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tracekit"
-    )
-    return Path(root) / "kernels"
 
 
 @cache
@@ -143,7 +135,7 @@ def _cast(kind: Any, value: str) -> str:
 def _import(name: str, source: str) -> ModuleType:
     if name in sys.modules:
         return sys.modules[name]
-    folder = cache_folder()
+    folder = cache_folder("kernels")
     path = folder / f"{name}.py"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -40,6 +40,10 @@ class Pending:
         self._draft_probs: list[float] = []
         self._tokens: list[int] = []
 
+    def __bool__(self) -> bool:
+        """Whether any row waits."""
+        return bool(self._requests or self._steps or self._verifications or self._request_ends)
+
     def began(self, request: RequestRow) -> None:
         """Append a request."""
         self._requests.append(request)

@@ -110,86 +110,78 @@ def main() -> None:
         compare(model, args)
 
 
-class Sides:
-    """The engine and the servers, one for each draft length, on one model."""
+class Sides(NamedTuple):
+    """The engine and the servers, by draft length, on one model."""
 
-    def __init__(self, model: str, args: argparse.Namespace):
-        settings = Settings(n_ctx=N_CTX, n_max=max(LENGTHS))
-        with ExitStack() as stack:
-            self.engine = stack.enter_context(Engine(model, settings=settings))
-            servers = [stack.enter_context(Server(args.server, model, n, settings.threads)) for n in LENGTHS]
-            self._stack = stack.pop_all()
-        self._servers = dict(zip(LENGTHS, servers, strict=True))
-        self._max_tokens = args.max_tokens
-        self.threads = settings.threads
-        self.prompts = [self.engine.model.tokenize(p.prompt) for p in load(args.prompts)[:: args.every]]
+    engine: Engine
+    servers: dict[int, Server]
+    max_tokens: int
 
     def ours(self, n: int, prompt: list[int]) -> Run:
         """The engine's run with ``n`` drafts."""
         self.engine.set_arm(mtp=n > 0)
-        d = self.engine.generate(prompt, max_tokens=self._max_tokens, policy=rule("static")(n_max=n))
+        d = self.engine.generate(prompt, max_tokens=self.max_tokens, policy=rule("static")(n_max=n))
         return Run(d.tokens, (d.drafted, d.accepted), (d.prompt_us + d.catchup_us) / 1e3, d.generate_us / 1e3)
 
     def theirs(self, n: int, prompt: list[int]) -> Run:
         """The server's."""
-        answer = self._servers[n].generate(prompt, self._max_tokens)
+        answer = self.servers[n].generate(prompt, self.max_tokens)
         t = answer["timings"]
         drafts = t.get("draft_n", 0), t.get("draft_n_accepted", 0)
         return Run(answer["tokens"], drafts, t["prompt_ms"], t["predicted_ms"])
 
-    def all(self) -> dict[tuple[str, int], list[Run]]:
-        """Every prompt on both sides at every length, in order: warms both up, and the counts to compare."""
-        return {
-            (side.__name__, n): [side(n, p) for p in self.prompts] for n in LENGTHS for side in (self.ours, self.theirs)
-        }
-
-    def __enter__(self) -> Sides:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
 
 def compare(model: str, args: argparse.Namespace) -> None:
+    settings = Settings(n_ctx=N_CTX, n_max=max(LENGTHS))
     rng, runs = random.Random(0), defaultdict(list)
     for repeat in range(args.repeats):
-        with Sides(model, args) as sides:
-            first, prompts = sides.all(), sides.prompts
+        with ExitStack() as stack:
+            engine = stack.enter_context(Engine(model, settings=settings))
+            servers = {n: stack.enter_context(Server(args.server, model, n, settings.threads)) for n in LENGTHS}
+            sides = Sides(engine, servers, args.max_tokens)
+            prompts = [engine.model.tokenize(p.prompt) for p in load(args.prompts)[:: args.every]]
+            # not timed: warms both up, and gives the counts to compare
+            pairs = [(n, p, sides.ours(n, p), sides.theirs(n, p)) for n in LENGTHS for p in prompts]
+            arms = [(side, n) for n in LENGTHS for side in (sides.ours, sides.theirs)]
             for prompt in prompts:
-                arms = [(side, n) for n in LENGTHS for side in (sides.ours, sides.theirs)]
                 for side, n in rng.sample(arms, len(arms)):
                     runs[side.__name__, n, repeat].append(side(n, prompt))
             # drafts that two tokens are as good for: which, depends on where the request before left the server's cells
             other_counts = [
-                (n, i, a, b, [sides.theirs(n, prompts[i]) for _ in range(2)][-1])
-                for n in LENGTHS
-                for i, (a, b) in enumerate(zip(first["ours", n], first["theirs", n], strict=True))
+                (n, prompts.index(p), a, b, [sides.theirs(n, p) for _ in range(2)][-1])
+                for n, p, a, b in pairs
                 if a.tokens == b.tokens and a.drafts != b.drafts
             ]
     print(
-        f"\n{model}: {len(prompts)} prompts x {args.max_tokens} tokens, greedy, {sides.threads} threads, "
-        f"{args.repeats} repeats, each with new processes, interleaved by prompt"
+        f"\n{model}: {len(prompts)} prompts x {args.max_tokens} tokens, greedy, {settings.threads} threads, "
+        f"{args.repeats} repeats, each with new contexts, interleaved by prompt"
     )
-    pairs = [(n, a, b) for n in LENGTHS for a, b in zip(first["ours", n], first["theirs", n], strict=True)]
-    equal = sum(a.tokens == b.tokens and a.drafts == b.drafts for _, a, b in pairs)
+    equal = sum(same_work(a, b) for _, _, a, b in pairs)
     print(f"tokens and (drafted, accepted) equal llama-server's in {equal} of {len(pairs)} requests")
     for n, prompt, a, b, c in other_counts:
         print(f"  n_max {n}, prompt {prompt}: ours {a.drafts}, llama-server {b.drafts}, and twice in a row {c.drafts}")
-    sides = f"{'ours, tokens/s':>26}  {'llama-server, tokens/s':>26}"
-    print(f"{'n_max':>5}  {'accepted':>8}  {sides}  {'ratio':>30}  ratio, whole request")
+    heads = f"{'ours, tokens/s':>26}  {'llama-server, tokens/s':>26}"
+    print(f"{'n_max':>5}  {'accepted':>8}  {heads}  {'ratio':>30}  ratio, whole request")
     for n in LENGTHS:
         speeds = defaultdict(list)
         for repeat in range(args.repeats):
             both = zip(runs["ours", n, repeat], runs["theirs", n, repeat], strict=True)
-            same = list(zip(*((a, b) for a, b in both if (a.tokens, a.drafts) == (b.tokens, b.drafts)), strict=True))
-            for whole in (False, True):
-                for who, of in zip(("ours", "theirs"), same, strict=True):
+            same = [pair for pair in both if same_work(*pair)]
+            if not same:
+                raise SystemExit(f"n_max {n}: in no request did both sides do the same work; no speed to compare")
+            for who, of in zip(("ours", "theirs"), zip(*same, strict=True), strict=True):
+                for whole in (False, True):
                     speeds[who, whole].append(speed(of, whole))
-        drafted, accepted = (sum(r.drafts[i] for r in first["ours", n]) for i in (0, 1))
+        drafted, accepted = (sum(ours.drafts[i] for m, _, ours, _ in pairs if m == n) for i in (0, 1))
         share = f"{100 * accepted / drafted:.0f} %" if drafted else "-"
         a, b = speeds["ours", False], speeds["theirs", False]
-        both = ratio(speeds["ours", True], speeds["theirs", True])
-        print(f"{n:5d}  {share:>8}  {middle(a):>26}  {middle(b):>26}  {ratio(a, b):>30}  {both}")
+        of_whole = ratio(speeds["ours", True], speeds["theirs", True])
+        print(f"{n:5d}  {share:>8}  {middle(a):>26}  {middle(b):>26}  {ratio(a, b):>30}  {of_whole}")
+
+
+def same_work(a: Run, b: Run) -> bool:
+    """Whether two runs have the same tokens, drafted and accepted alike."""
+    return a.tokens == b.tokens and a.drafts == b.drafts
 
 
 def speed(runs: Sequence[Run], whole: bool) -> float:

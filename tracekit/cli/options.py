@@ -90,12 +90,12 @@ def with_engine(verb: Callable[..., None]) -> Callable[..., None]:
         chosen = EngineOptions(**{name: given[name] for name in shared})
         verb(**{name: value for name, value in given.items() if name in own}, engine_options=chosen)
 
-    seen = [
-        p
-        for name, parameter in own.items()
-        for p in ([s for n, s in shared.items() if n not in own] if name == "engine_options" else [parameter])
-    ]
-    seen = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in seen]
-    run.__signature__ = inspect.Signature(seen)
+    seen = []
+    for parameter in own.values():
+        if parameter.name == "engine_options":
+            seen += [p for p in shared.values() if p.name not in own]
+        else:
+            seen.append(parameter)
+    run.__signature__ = inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in seen])
     run.__annotations__ = {p.name: p.annotation for p in seen}
     return run

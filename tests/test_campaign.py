@@ -109,7 +109,7 @@ def test_a_trace_says_where_its_model_lay(models, settings, tmp_path):
 
 
 def test_gpu_readings_are_recorded(models, settings, tmp_path):
-    """Whatever the sensors read at a commit is in the trace; without an NVIDIA driver there is nothing to read."""
+    """Whatever the sensors read is in the trace; without an NVIDIA driver there is nothing to read."""
     assert all(isinstance(reading, GpuReading) for reading in GpuSensors()(0, 0))
     path = tmp_path / "t.duckdb"
     with Engine(models["plain"], "static:n_max=2", settings, trace=tmp_path / "other.duckdb") as engine:

@@ -13,10 +13,13 @@ import time
 import pytest
 
 from tracekit.engine import Engine, Probe, Request
+from tracekit.engine.provenance import run_facts
 from tracekit.engine.record import record
+from tracekit.engine.recorder import Recorder
 from tracekit.errors import TracekitError
 from tracekit.policy.spec import parse_one
 from tracekit.report.stats import summarise
+from tracekit.trace.journal import journal_of
 from tracekit.trace.store import open_trace
 
 
@@ -124,11 +127,40 @@ def test_kill_loses_at_most_the_last_second(models, tmp_path):
             if before_last_second > 3.0:
                 break
         process.send_signal(signal.SIGKILL)
+    assert journal_of(path).exists()
     trace = open_trace(path)
+    assert list(tmp_path.iterdir()) == [path]
     requests = trace.frame("SELECT count(*) AS n FROM request_ends")["n"][0]
     assert requests >= kept > 0
     assert trace.runs["wall_us"][0] is None
     assert "cut off" in summarise(trace).headline
+
+
+def test_long_recording_is_folded_on_the_way(models, settings, tmp_path):
+    """However often the journal is folded into the trace while it grows, every row is there once."""
+    path = tmp_path / "t.duckdb"
+    with Engine(models["plain"], "static:n_max=3", settings, trace=tmp_path / "other.duckdb") as engine:
+        facts = run_facts(engine.model, None, engine.settings, engine.policy, None, engine.placement)
+        recorder = Recorder(path, facts, interval_s=0.001, journal_bytes=2000)
+        kept, engine._loop.observer = engine.recorder, recorder
+        done = [engine.generate(p, max_tokens=60) for p in ("import os\n", "class A:\n", "def f(") * 3]
+        time.sleep(0.1)
+        assert recorder._journal.n_bytes < 4000  # of some 80,000
+        engine._loop.observer = kept
+        recorder.close(n_checked=5)
+    assert not recorder.failed
+    trace = open_trace(path)
+    tokens = trace.frame(
+        "SELECT flatten(list(tokens ORDER BY n_generated)) AS t FROM verifications GROUP BY request ORDER BY request"
+    )
+    assert tokens["t"].to_list() == [d.tokens for d in done]
+    steps = trace.frame("SELECT step, record_us, wall_us FROM steps")
+    assert steps["step"].to_list() == list(range(steps.height))
+    assert (steps["record_us"] >= 0).all()
+    run = trace.runs.row(0, named=True)
+    assert run["record_us"] == steps["record_us"].sum()
+    assert run["wall_us"] >= steps["wall_us"].sum()
+    assert run["n_checked"] == 5
 
 
 def test_full_disk_stops_recording_and_nothing_else(models, tmp_path):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tempfile
 import textwrap
+from pathlib import Path
 
 import duckdb
 import pytest
@@ -14,6 +16,8 @@ from hypothesis import strategies as st
 
 from tracekit.errors import TracekitError
 from tracekit.trace import rows, schema
+from tracekit.trace.fold import batches, fold
+from tracekit.trace.journal import Journal, entries
 from tracekit.trace.pending import Pending
 from tracekit.trace.store import open_trace
 from tracekit.trace.writer import TraceWriter, columns
@@ -46,17 +50,89 @@ _VERIFICATIONS = st.builds(
 )
 
 
-@given(st.lists(st.none() | _VERIFICATIONS))
-def test_pending_rows_come_out_as_they_went_in(events):
-    """Rows leave their buffers whole and in order, however often they are taken out (at each None)."""
-    pending, batches = Pending(run=3), []
+def _journal(folder, events, run=3):
+    """A trace that nothing was folded into, and its journal: an entry ends at each None."""
+    path = Path(folder) / "t.duckdb"
+    writer, journal, pending = TraceWriter.create(path), Journal(path), Pending(run)
     for row in [*events, None]:
         if row is None:
-            batches.append(pending.take()["verifications"])
+            journal.append(pending.take())
         else:
             pending.verified(row[1:-4], *row[-4:])
-    found = [rows.Verification(*row.values()) for batch in batches for row in batch.to_pylist()]
-    assert found == [row for row in events if row is not None]
+    journal.close()
+    return writer, journal.path
+
+
+def _verifications(writer):
+    return writer._con.execute("SELECT * FROM verifications").fetchall()
+
+
+@given(st.lists(st.none() | _VERIFICATIONS, max_size=20))
+def test_rows_come_out_of_the_journal_as_they_went_in(events):
+    """Rows leave their buffers whole and in order, however often they are taken out."""
+    with tempfile.TemporaryDirectory() as folder:
+        writer, _ = _journal(folder, events)
+        fold(writer)
+        assert _verifications(writer) == [tuple(row) for row in events if row is not None]
+        writer.close()
+
+
+@given(st.lists(st.none() | _VERIFICATIONS, min_size=1, max_size=12), st.data())
+def test_no_row_is_folded_twice_and_none_left_out(events, data):
+    """A process may be killed after folding, before the journal is cleared, or in the middle of an entry."""
+    with tempfile.TemporaryDirectory() as folder:
+        writer, path = _journal(folder, events)
+        whole = path.read_bytes()
+        path.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
+        kept = sum(entry.n_verifications for entry in entries(path, 0))
+        fold(writer)
+        assert len(_verifications(writer)) == kept
+        path.write_bytes(whole)
+        fold(writer)
+        fold(writer)
+        assert _verifications(writer) == [tuple(row) for row in events if row is not None]
+        writer.close()
+
+
+_ROW = rows.Verification(3, 1, 0, 0, 2, 2, 2, 1, 1, 0, 2, "n_max", [5, 6], [0.5, 0.25], [5, 7])
+_RUN = (
+    "INSERT INTO runs SELECT 3, 'id', {version}, 'probe', now(), '0', NULL, 8, 'm', 'h', 'a', 'd', 1, 1, 1, NULL, 'l', "
+    "'d', NULL, '{{}}', '{{}}'"
+)
+
+
+def _cut_off(folder, row):
+    writer, journal = _journal(folder, [row])
+    writer._con.execute(_RUN.format(version=schema.VERSION))
+    writer.close()
+    return writer.path, journal
+
+
+def test_recording_that_was_cut_off_is_completed_when_opened(tmp_path):
+    """Opening a trace with a journal beside it adds the journal's rows, and deletes it."""
+    path, _ = _cut_off(tmp_path, _ROW)
+    assert open_trace(path).frame("SELECT * FROM verifications").rows() == [tuple(_ROW)]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_recording_that_cannot_be_completed_says_why(tmp_path):
+    """Rows that do not fit into the trace stay in the journal, and one line says what to do."""
+    path, journal = _cut_off(tmp_path, _ROW._replace(n_asked=2**15))
+    with pytest.raises(TracekitError, match=r"cut off.*t\.duckdb\.journal.*32768.*delete") as error:
+        open_trace(path)
+    assert "\n" not in str(error.value)
+    assert journal.exists()
+    journal.unlink()
+    assert open_trace(path).frame("SELECT * FROM verifications").is_empty()
+
+
+def test_trace_being_recorded_by_this_process_says_so(tmp_path):
+    """A trace is not read, nor its journal folded, before its recorder has let go of it."""
+    writer, journal = _journal(tmp_path, [_ROW])
+    with pytest.raises(TracekitError, match="being written by this process"):
+        open_trace(writer.path)
+    assert journal.exists()
+    writer.close()
 
 
 def test_a_step_is_worked_out_of_its_moments():
@@ -66,9 +142,9 @@ def test_a_step_is_worked_out_of_its_moments():
     for step, began in enumerate((5_000_000_900, 5_000_100_900, 5_000_200_900)):
         times = (began + t for t in (0, 1_900, 10_000, 60_000, 67_000, 70_100))
         pending.stepped(
-            *rows.Moments(**names | dict(zip(names, times, strict=False), step=step, record_ns=1_600 * step))
+            rows.Moments(**names | dict(zip(names, times, strict=False), step=step, record_ns=1_600 * step))
         )
-    found = [rows.Step(*row.values()) for row in pending.take()["steps"].to_pylist()]
+    found = [rows.Step(*row.values()) for row in batches([pending.take()])["steps"].to_pylist()]
     assert [s.t_us for s in found] == [0, 100, 200]
     assert [s.record_us for s in found] == [0, 1, 2]
     assert {s[12:] for s in (s._replace(record_us=0) for s in found)} == {(0, 0, 3, 50, 5, 5, 0, 70)}
@@ -77,7 +153,7 @@ def test_a_step_is_worked_out_of_its_moments():
 
 def test_schema_is_what_duckdb_makes_of_it(tmp_path):
     """Every declared column exists, in order; every one has a comment; times and ratios have their unit in the name."""
-    writer = TraceWriter(tmp_path / "t.duckdb")
+    writer = TraceWriter.create(tmp_path / "t.duckdb")
     writer.close()
     with duckdb.connect(str(tmp_path / "t.duckdb")) as con:
         for table in ("runs", *TABLES):
@@ -97,10 +173,10 @@ def test_schema_is_what_duckdb_makes_of_it(tmp_path):
 def test_file_that_exists_is_never_overwritten(tmp_path):
     """Without force an existing file stays as it is."""
     path = tmp_path / "t.duckdb"
-    TraceWriter(path).close()
+    TraceWriter.create(path).close()
     with pytest.raises(TracekitError, match="--force"):
-        TraceWriter(path)
-    TraceWriter(path, force=True).close()
+        TraceWriter.create(path)
+    TraceWriter.create(path, force=True).close()
 
 
 def _file(tmp_path, kind):
@@ -115,14 +191,11 @@ def _file(tmp_path, kind):
         with duckdb.connect(str(path)) as con:
             con.execute("CREATE TABLE birds (name VARCHAR)")
     elif kind == "no run":
-        TraceWriter(path).close()
+        TraceWriter.create(path).close()
     elif kind in ("other version", "truncated"):
-        TraceWriter(path).close()
+        TraceWriter.create(path).close()
         with duckdb.connect(str(path)) as con:
-            con.execute(
-                "INSERT INTO runs SELECT 0, 'id', 99, 'probe', now(), '0', NULL, 8, 'm', 'h', 'a', 'd', 1, "
-                "1, 1, NULL, 'l', 'd', NULL, '{}', '{}'"
-            )
+            con.execute(_RUN.format(version=99))
             con.execute("CREATE TABLE filler AS SELECT range AS i, hash(range) AS h FROM range(300000)")
     if kind == "truncated":
         content = path.read_bytes()
@@ -153,7 +226,7 @@ def test_bad_files_get_one_clear_line(tmp_path, kind, hint):
 def test_file_being_written_names_its_writer(tmp_path):
     """While another process records into a file, opening it says which process that is."""
     path = tmp_path / "t.duckdb"
-    TraceWriter(path).close()
+    TraceWriter.create(path).close()
     code = f"import duckdb, sys; con = duckdb.connect({str(path)!r}); print('open', flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

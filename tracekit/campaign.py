@@ -243,7 +243,7 @@ def open_campaign(folder: Path, text: str, force: bool) -> None:
     if folder.exists() and any(folder.iterdir()):
         if force:
             for old in folder.iterdir():
-                if old.suffix in (*KEPT, ".wal"):
+                if old.suffix in (*KEPT, ".wal", ".journal"):
                     old.unlink()
         elif not path.is_file() or path.read_text("utf-8") != text:
             raise TracekitError(

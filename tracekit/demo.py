@@ -71,7 +71,7 @@ def _open(folder: Path, plan: Plan, force: bool, resume: bool) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     for name in HEADS:
-        for ending in ("gguf", "duckdb.wal", *ENDINGS):
+        for ending in ("gguf", "duckdb.wal", "duckdb.journal", *ENDINGS):
             (folder / f"{name}.{ending}").unlink(missing_ok=True)
     path.write_text(_text(plan))
 

@@ -125,8 +125,5 @@ def complete(trace: Path) -> bool:
         return False
     if open_trace(trace).runs["wall_us"].is_not_null().all():
         return True
-    kept, log = free_path(str(trace.with_stem(f"{trace.stem}-cut-off"))), trace.with_name(trace.name + ".wal")
-    if log.exists():  # DuckDB's own log holds what was not yet written back
-        log.rename(kept.with_name(kept.name + ".wal"))
-    trace.rename(kept)
+    trace.rename(free_path(str(trace.with_stem(f"{trace.stem}-cut-off"))))
     return False

@@ -68,7 +68,7 @@ def calibrate(
         measure(engine, sweep, plan, Sampling(temp=temp, seed=seed), update)
         failed = engine.recorder.failed
     if failed:
-        raise TracekitError(f"{output}: recording stopped ({failed}); what was committed is kept")
+        raise TracekitError(f"{output}: recording stopped ({failed}); what was written is kept")
     cells = surface.surface(open_trace(output))
     if json:
         out.print_json({"file": str(output), "bytes": output.stat().st_size} | surface.as_json(cells))

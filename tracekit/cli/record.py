@@ -78,5 +78,5 @@ def record(
             f"{summary['bytes'] / 1e6:.1f} MB"
         )
     if failed:
-        raise TracekitError(f"{output}: recording stopped ({failed}); what was committed is kept")
+        raise TracekitError(f"{output}: recording stopped ({failed}); what was written is kept")
     out.wrote(output)

@@ -41,7 +41,7 @@ class Observer(Protocol):
     def began(self, request: RequestRow) -> None:
         """A request was given a slot."""
 
-    def stepped(self, *moments: int) -> None:
+    def stepped(self, moments: tuple[int, ...]) -> None:
         """A step is done: the fields of :class:`~tracekit.trace.rows.Moments`."""
 
     def verified(
@@ -105,11 +105,12 @@ class Loop:
             slot.first_token_ns = learned
         if self.observer is not None:
             times = self.drafter.times if asks else _NO_TIMES
-            self.observer.stepped(
+            moments = (
                 began, decided, filled, decoded, sampled, learned, self._n_steps, self._extracting, len(generating),
                 self._batch.n, n_prompt, n_past, times.n_decodes, len(asks), times.n_rows, times.first_us,
                 times.total_us, self._ahead_rows, self._ahead_us, times.catchup_us, self._record_ns,
             )  # fmt: skip  # what happened when, then how much
+            self.observer.stepped(moments)
             self._observe(generating, started)
             self._ahead_rows = self._ahead_us = 0
         self._n_steps += 1

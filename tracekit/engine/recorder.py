@@ -1,4 +1,5 @@
-"""Recording: rows go into a queue on the generating thread and to disk, every 0.9 s, on another.
+"""Recording: rows go into buffers on the generating thread and, every 0.9 s, from another to disk: into the trace's
+journal, and with that into the trace when there are many, and at the end.
 
 Recording never stops generation. When the disk is full or the file breaks, one message says so, and what follows is
 not recorded.
@@ -6,6 +7,7 @@ not recorded.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -16,6 +18,8 @@ from typing import Any
 import duckdb
 
 from tracekit.engine.gpu import GpuSensors
+from tracekit.trace.fold import fold
+from tracekit.trace.journal import Journal
 from tracekit.trace.pending import Pending
 from tracekit.trace.rows import GpuReading, RunEnd
 from tracekit.trace.writer import TraceWriter
@@ -27,7 +31,8 @@ class Recorder:
     """Writes one run into a new trace file; an :class:`~tracekit.engine.loop.Observer`.
 
     Raises :class:`~tracekit.errors.TracekitError` where the file exists and ``force`` is false. ``interval_s``:
-    seconds between commits. ``sensors(run, t_us)`` is asked before each what the GPUs are doing.
+    seconds between entries in the journal. ``sensors(run, t_us)`` is asked before each what the GPUs are doing.
+    ``journal_bytes``: the journal's size at which it is folded into the trace.
     """
 
     def __init__(
@@ -37,13 +42,15 @@ class Recorder:
         force: bool = False,
         interval_s: float = 0.9,
         sensors: Callable[[int, int], list[GpuReading]] | None = None,
+        journal_bytes: int = 1 << 24,
     ):
         self._sensors = sensors or GpuSensors()
         self.run = run["run"]
         self.path = Path(path)
         self.failed = ""
-        self._writer = TraceWriter(path, force)
+        self._writer = TraceWriter.create(path, force)
         self._writer.append_run(run)
+        self._journal, self._journal_bytes = Journal(self.path), journal_bytes
         self._interval_s = interval_s
         self._pending = Pending(self.run)
         self.began, self.ended = self._pending.began, self._pending.ended
@@ -62,40 +69,57 @@ class Recorder:
         if not self._pending:
             return
         began = time.thread_time_ns()
+        entry = self._pending.take()
+        if not self.failed:
+            self._nothing = False
+            readings = self._sensors(self.run, self._pending.wall_us)
+            self._attempt(lambda: self._journal.append(entry._replace(gpu_readings=readings)))
+            if self._journal.n_bytes > self._journal_bytes:
+                self._attempt(self._fold)
+        self._writer_ns += time.thread_time_ns() - began
+
+    def _fold(self) -> None:
+        fold(self._writer)
+        self._journal.clear()
+
+    def _attempt(self, write: Callable[[], None]) -> None:
+        """``write``, unless something has failed before; a failure is told, and remembered."""
+        if self.failed:
+            return
         try:
-            batches = self._pending.take()
-            if not self.failed:
-                self._nothing = False
-                self._writer.append(batches | {"gpu_readings": self._sensors(self.run, self._pending.wall_us)})
+            write()
         except (duckdb.Error, OSError, ValueError) as error:  # ValueError: a number too large for its column
-            if self.failed:
-                return
             self.failed = str(error).splitlines()[0]
             log.error(
-                "recording into %s stopped (%s); generation goes on, what was committed is kept", self.path, self.failed
+                "recording into %s stopped (%s); generation goes on, what was written is kept", self.path, self.failed
             )
-        self._writer_ns += time.thread_time_ns() - began
 
     def close(self, n_checked: int = 0, n_diverged: int = 0) -> None:
         """Write the rest and close the file; the counts are a probe's (see the table ``run_ends``).
 
-        A recording in which nothing ever happened leaves no file behind.
+        A recording in which nothing ever happened leaves no file behind. One that has failed leaves its journal, to be
+        folded when the trace is opened.
         """
         self._stop.set()
         self._thread.join()
         self._flush()
+        began = time.thread_time_ns()
         if self._nothing:
             self._writer.close()
+            self._journal.remove()
             self.path.unlink(missing_ok=True)
-        elif not self.failed:
-            spent = self._pending.wall_us, self._pending.record_us, self._writer_ns // 1000
-            end = RunEnd(self.run, *spent, n_checked, n_diverged)
-            try:
-                self._writer.append({"run_ends": [end]})
+            return
+        self._attempt(self._fold)
+        writer_us = (self._writer_ns + time.thread_time_ns() - began) // 1000
+        end = RunEnd(self.run, self._pending.wall_us, self._pending.record_us, writer_us, n_checked, n_diverged)
+        self._attempt(lambda: self._writer.append({"run_ends": [end]}))
+        self._attempt(self._writer.close)
+        if self.failed:
+            self._journal.close()
+            with contextlib.suppress(duckdb.Error):
                 self._writer.close()
-            except duckdb.Error as error:
-                self.failed = str(error).splitlines()[0]
-                log.error("closing %s failed (%s); what was committed is kept", self.path, self.failed)
+        else:
+            self._journal.remove()
 
 
 def free_path(wanted: str | None) -> Path | None:

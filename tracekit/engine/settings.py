@@ -10,6 +10,7 @@ from typing import Any
 from tracekit.errors import TracekitError
 
 CACHE_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}  # ggml_type
+MOST_BATCH = 2**15 - 1  # tokens; a trace counts them in 16 bits
 FLASH_ATTN = {"auto": -1, "off": 0, "on": 1}  # llama_flash_attn_type
 
 
@@ -62,6 +63,8 @@ class Settings:
         for name, known in (("cache_type_k", CACHE_TYPES), ("cache_type_v", CACHE_TYPES), ("flash_attn", FLASH_ATTN)):
             if getattr(self, name) not in known:
                 raise TracekitError(f"{name} {getattr(self, name)}: one of {', '.join(known)}")
+        if self.n_batch > MOST_BATCH:
+            raise TracekitError(f"n_batch {self.n_batch}: {MOST_BATCH} or less")
         if self.n_slots * (self.n_max + 1) > self.n_batch:
             raise TracekitError(
                 f"n_batch {self.n_batch} cannot verify n_max {self.n_max} drafts for {self.n_slots} slots; "

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+STOPS = "off", "n_max", "p_min", "room"  # why drafting stopped
+
 
 class RunEnd(NamedTuple):
     """What is known when a run has ended."""

@@ -1,7 +1,7 @@
 """What a trace is: the tables of a DuckDB file, with a comment on every column.
 
 Rows are only ever appended, and what is known at the end of a run or a request has a table of its own, so
-a file cut off at any commit is a complete trace of what happened until then. Times are whole microseconds of
+a recording that was cut off is a complete trace of what happened until then. Times are whole microseconds of
 a monotonic clock; ``run`` numbers the recording sessions of one file.
 """
 
@@ -90,7 +90,7 @@ CREATE TABLE steps (                     -- one llama_decode of the target, and 
     record_us INTEGER NOT NULL,          -- of the step before
     wall_us INTEGER NOT NULL             -- the whole step
 );
-CREATE TABLE gpu_readings (              -- what NVIDIA GPUs were doing, once per commit (0.9 s); -1: not told. Read,
+CREATE TABLE gpu_readings (              -- what NVIDIA GPUs were doing, every 0.9 s; -1: not told. Read,
     run SMALLINT NOT NULL,               -- never set. Files of tracekit 0.1 lack the table
     t_us BIGINT NOT NULL,                -- end of the newest step then, since the run's first step
     gpu SMALLINT NOT NULL,

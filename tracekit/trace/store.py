@@ -13,6 +13,7 @@ import polars as pl
 
 from tracekit.errors import TracekitError
 from tracekit.trace import schema
+from tracekit.trace.journal import journal_of
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,27 @@ def open_trace(path: str | Path) -> TraceFile:
 
 
 def connect(path: Path) -> duckdb.DuckDBPyConnection:
-    """A read-only connection to ``path``. Raises :class:`TracekitError` where DuckDB cannot give one."""
+    """A read-only connection to ``path``, which is completed first if its recording was cut off.
+
+    Raises :class:`TracekitError` where DuckDB cannot give one.
+    """
     if not path.is_file():
         raise TracekitError(f"{path}: no such file; `tracekit record` writes traces")
     with path.open("rb") as file:
         head = file.read(12)
     if head[8:12] != b"DUCK":
         raise TracekitError(f"{path}: not a DuckDB file" + (" (it is empty)" if not head else ""))
+    con = _read_only(path)
+    if not journal_of(path).exists():
+        return con
+    con.close()  # no process holds the file: a recording was cut off
+    from tracekit.trace.fold import finish
+
+    finish(path)
+    return _read_only(path)
+
+
+def _read_only(path: Path) -> duckdb.DuckDBPyConnection:
     try:
         return duckdb.connect(str(path), read_only=True)
     except duckdb.Error as error:
@@ -82,6 +97,8 @@ def _reason(message: str) -> str:
         owner = re.search(r"PID (\d+)", message)
         who = f"process {owner[1]}" if owner else "another process"
         return f"being written by {who}; wait until it has finished, or stop it (nothing recorded is lost)"
+    if "different configuration" in message:
+        return "being written by this process; close its engine first"
     if "newer" in message and "version" in message:
         return "written by a newer DuckDB; upgrade duckdb"
     return f"damaged or truncated ({message.splitlines()[0]})"

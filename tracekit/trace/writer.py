@@ -31,6 +31,7 @@ _ARROW = {
     "REAL[]": pa.list_(pa.float32()),
 }
 
+ENDINGS = "", ".wal", ".journal"  # a trace on disk: the file, DuckDB's log of it, the recorder's (trace.journal)
 Rows = Sequence[tuple] | pa.Table  # of one table: tuples in column order, or columns by name
 
 
@@ -49,21 +50,32 @@ def _transposed(table: str, rows: Sequence[tuple]) -> pa.Table:
 
 
 class TraceWriter:
-    """The file at ``path``, open for appending. Raises :class:`TracekitError` where it exists, without ``force``."""
+    """The trace at ``path``, open for appending. Raises ``duckdb.Error``."""
 
-    def __init__(self, path: str | Path, force: bool = False):
-        self.path = Path(path)
-        if self.path.exists():
-            if not force:
-                raise TracekitError(f"{path}: exists; nothing recorded is overwritten without --force")
-            self.path.unlink()
-            self.path.with_name(self.path.name + ".wal").unlink(missing_ok=True)
+    def __init__(self, path: Path):
+        self.path = path
+        self._con = duckdb.connect(str(path), config={"threads": 1})  # the cores are the engine's
+        self._con.execute("PRAGMA disable_optimizer")  # a plain insert has nothing to optimise
+
+    @classmethod
+    def create(cls, path: str | Path, force: bool = False) -> TraceWriter:
+        """A new trace. Raises :class:`TracekitError` where ``path`` cannot be written, or exists, without ``force``."""
+        path = Path(path)
+        if path.exists() and not force:
+            raise TracekitError(f"{path}: exists; nothing recorded is overwritten without --force")
+        for ending in ENDINGS:
+            path.with_name(path.name + ending).unlink(missing_ok=True)
         try:
-            self._con = duckdb.connect(str(self.path), config={"threads": 1})  # the cores are the engine's
-            self._con.execute(schema.TABLES + schema.VIEWS)
-            self._con.execute("PRAGMA disable_optimizer")  # a plain insert has nothing to optimise
+            writer = cls(path)
+            writer._con.execute(schema.TABLES + schema.VIEWS)
         except duckdb.Error as error:
             raise TracekitError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from None
+        return writer
+
+    def n_rows(self, tables: Sequence[str]) -> int:
+        """Rows in ``tables`` together. Raises ``duckdb.Error``."""
+        counts = " + ".join(f"(SELECT count(*) FROM {table})" for table in tables)
+        return self._con.execute(f"SELECT {counts}").fetchone()[0]
 
     def append(self, batches: Mapping[str, Rows]) -> None:
         """Append to each named table, in one transaction. Raises ``duckdb.Error``."""

@@ -113,10 +113,9 @@ class Loop:
             self.observer.stepped(moments)
             self._observe(generating, started)
             self._ahead_rows = self._ahead_us = 0
+            self._record_ns += perf_counter_ns() - learned
         self._n_steps += 1
-        done = [self.finish(s, learned) for s in slots if s.stop]
-        self._record_ns += perf_counter_ns() - learned
-        return done
+        return [self.finish(s, learned) for s in slots if s.stop]
 
     def _admit(self) -> None:
         for i, occupant in enumerate(self.slots):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tracekit.engine import Engine, Probe, Request, Sampling, Settings
@@ -25,6 +26,9 @@ POLICIES = (
     "fallback:n_max=5,min_ratio=0.9,scope=engine,resume_after=20",
 )
 N_MAX, MAX_TOKENS = 6, 40
+
+hypothesis.settings.register_profile("shared machines", deadline=None)  # how long an example takes says nothing there
+hypothesis.settings.load_profile("shared machines")
 
 
 @pytest.fixture(scope="session", autouse=True)

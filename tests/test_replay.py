@@ -48,7 +48,7 @@ def made_up_cost(seed, n_max=8):
     return CostModel(n_max, prices, no_mtp, prices[None], no_mtp[None], None, 0.0, 0)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10**6), st.booleans())
 def test_compiled_equals_interpreted(seed, probe):
     """The compiled walk counts exactly what the interpreted twin counts, for every policy, probe and live."""
@@ -62,7 +62,7 @@ def test_compiled_equals_interpreted(seed, probe):
         assert (ours == detail[0]).all(), policy
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10**6))
 def test_counts_add_up(seed):
     """llama.cpp's accounting identity and the histograms: every token comes from a step or an accepted draft."""
@@ -83,7 +83,7 @@ def test_counts_add_up(seed):
     assert (c[0, :, kernel.DRAFTED] == 0).all()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10**6))
 def test_nobody_beats_the_clairvoyant(seed):
     """No policy takes less time on any request than the clairvoyant optimum, whatever things cost."""

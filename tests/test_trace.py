@@ -11,7 +11,7 @@ from pathlib import Path
 
 import duckdb
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tracekit.errors import TracekitError
@@ -67,6 +67,7 @@ def _verifications(writer):
     return writer._con.execute("SELECT * FROM verifications").fetchall()
 
 
+@settings(max_examples=30)
 @given(st.lists(st.none() | _VERIFICATIONS, max_size=20))
 def test_rows_come_out_of_the_journal_as_they_went_in(events):
     """Rows leave their buffers whole and in order, however often they are taken out."""
@@ -77,6 +78,7 @@ def test_rows_come_out_of_the_journal_as_they_went_in(events):
         writer.close()
 
 
+@settings(max_examples=30)
 @given(st.lists(st.none() | _VERIFICATIONS, min_size=1, max_size=12), st.data())
 def test_no_row_is_folded_twice_and_none_left_out(events, data):
     """A process may be killed after folding, before the journal is cleared, or in the middle of an entry."""
@@ -124,6 +126,15 @@ def test_recording_that_cannot_be_completed_says_why(tmp_path):
     assert journal.exists()
     journal.unlink()
     assert open_trace(path).frame("SELECT * FROM verifications").is_empty()
+
+
+def test_journal_of_another_version_is_left_alone(tmp_path):
+    """What an older or newer tracekit has left is not guessed at."""
+    path, journal = _cut_off(tmp_path, _ROW)
+    journal.write_bytes(journal.read_bytes().replace(b"[1, 0, ", b"[2, 0, ", 1))
+    with pytest.raises(TracekitError, match="another version of tracekit"):
+        open_trace(path)
+    assert journal.exists()
 
 
 def test_trace_being_recorded_by_this_process_says_so(tmp_path):

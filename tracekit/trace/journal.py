@@ -44,6 +44,7 @@ class Entry(NamedTuple):
         return sum(map(len, rows)) + self.n_steps + self.n_verifications
 
 
+VERSION = 1  # of an entry's layout
 _N_PLAIN = Entry._fields.index("steps")
 
 
@@ -68,7 +69,7 @@ class Journal:
     def append(self, entry: Entry) -> None:
         """Append ``entry``: a line of JSON, then the packed parts, whose lengths and place in the run it says."""
         packed = entry[_N_PLAIN:]
-        head = json.dumps([self._n_rows, [len(part) for part in packed], *entry[:_N_PLAIN]])
+        head = json.dumps([VERSION, self._n_rows, [len(part) for part in packed], *entry[:_N_PLAIN]])
         left = memoryview(b"".join((head.encode(), b"\n", *packed)))
         while left:
             left = left[self._file.write(left) :]
@@ -91,14 +92,17 @@ class Journal:
 
 def entries(path: Path, n_known: int) -> list[Entry]:
     """The entries in the journal at ``path`` that come after the first ``n_known`` rows of the run. One that was cut
-    off in the middle, at the end, is left out."""
+    off in the middle, at the end, is left out. Raises ``ValueError`` for a journal of another layout.
+    """
     found = []
     with path.open("rb") as file:
         for line in file:
             try:
-                n_before, lengths, *plain = json.loads(line)
-            except ValueError:
+                version, n_before, lengths, *plain = json.loads(line)
+            except (ValueError, TypeError):
                 break
+            if version != VERSION:
+                raise ValueError("it is of another version of tracekit")
             packed = [file.read(n) for n in lengths]
             if [len(part) for part in packed] != lengths:
                 break

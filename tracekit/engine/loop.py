@@ -82,13 +82,12 @@ class Loop:
         if not slots:
             return []
         generating = [s for s in slots if s.generating]
-        n_past = sum([s.n_past for s in generating]) if self.observer is not None else 0
         asks = [ask for s in generating if (ask := self._decide(s, len(generating))) is not None]
         self._extract(slots)
         decided = perf_counter_ns()
         if asks:
             self.drafter.draft(asks, probs=self.probe is not None)
-        n_prompt = self._fill(generating, slots)
+        n_past, n_prompt = self._fill(generating, slots)
         filled = perf_counter_ns()
         self.target.decode(self._batch)
         decoded = perf_counter_ns()
@@ -205,14 +204,16 @@ class Loop:
             self.probe.rewind(slot.index, self.drafter)
         return slot.ask
 
-    def _fill(self, generating: list[Slot], slots: list[Slot]) -> int:
-        """The target's batch: every generating slot's last token and drafts, then as much of the prompts as fits;
-        returns prompt rows.
+    def _fill(self, generating: list[Slot], slots: list[Slot]) -> tuple[int, int]:
+        """The target's batch: every generating slot's last token and drafts, then as much of the prompts as fits.
+
+        Returns the tokens that generating slots have in memory, and prompt rows.
         """
         batch = self._batch
-        batch.n = 0
+        batch.n = n_past = 0
         for slot in generating:
             drafts = slot.ask.drafts
+            n_past += slot.n_past
             slot.n_rows = 1 + (self.probe.width(len(drafts)) if self.probe else len(drafts))
             if slot.n_rows > 1:
                 self.rollback.before(slot.index, slot.n_past)
@@ -222,7 +223,7 @@ class Loop:
                 slot.first_row = batch.add(slot.tokens[-1], slot.n_past, slot.index, True)
         n_generating = batch.n
         if len(generating) == len(slots):
-            return 0
+            return n_past, 0
         for slot in slots:
             if not slot.generating:
                 chunk = slot.tokens[slot.n_past : slot.n_past + self.settings.n_batch - batch.n]
@@ -230,7 +231,7 @@ class Loop:
                 slot.first_row = batch.extend(chunk, slot.n_past, slot.index, False)
                 if slot.n_past + len(chunk) == slot.n_prompt:
                     batch.logits[batch.n - 1] = 1
-        return batch.n - n_generating
+        return n_past, batch.n - n_generating
 
     def _verify(self, slot: Slot) -> None:
         """Sample the slot's rows, accepting drafts while they are what was sampled."""

@@ -163,6 +163,41 @@ def test_long_recording_is_folded_on_the_way(models, settings, tmp_path):
     assert run["n_checked"] == 5
 
 
+_FOLD_ALWAYS = """
+    import sys
+    from tracekit.engine import Engine, Settings
+    from tracekit.engine.provenance import run_facts
+    from tracekit.engine.recorder import Recorder
+    engine = Engine(sys.argv[1], "static:n_max=3", Settings(n_max=6))
+    facts = run_facts(engine.model, None, engine.settings, engine.policy, None, engine.placement)
+    engine._loop.observer = Recorder(sys.argv[2], facts, interval_s=0.005, journal_bytes=20_000)
+    print("recording", flush=True)
+    while True:
+        engine.generate("import os", max_tokens=50)
+"""
+
+
+@pytest.mark.parametrize("seconds", [0.2, 0.5, 0.8])
+def test_kill_in_the_middle_of_folding_keeps_every_row_once(models, tmp_path, seconds):
+    """Whenever a recorder that folds all the time is killed, its steps and tokens are there without a gap, and once."""
+    path = tmp_path / "t.duckdb"
+    command = [sys.executable, "-c", textwrap.dedent(_FOLD_ALWAYS), str(models["plain"]), str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        time.sleep(seconds)
+        process.send_signal(signal.SIGKILL)
+    trace = open_trace(path)
+    steps = trace.frame("SELECT step FROM steps ORDER BY step")["step"].to_list()
+    assert steps == list(range(len(steps)))
+    assert len(steps) > 10
+    tokens = trace.frame(
+        "SELECT sum(len(tokens)) AS there, max(n_generated + len(tokens)) AS emitted FROM verifications "
+        "GROUP BY request"
+    )
+    assert tokens["there"].to_list() == tokens["emitted"].to_list()
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_full_disk_stops_recording_and_nothing_else(models, tmp_path):
     """When the file cannot grow, one message says so, generation goes on, and what was committed stays readable."""
     path = tmp_path / "t.duckdb"

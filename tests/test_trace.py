@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tracekit.errors import TracekitError
 from tracekit.trace import rows, schema
 from tracekit.trace.fold import batches, fold
-from tracekit.trace.journal import Journal, entries
+from tracekit.trace.journal import LAYOUT, Journal, entries
 from tracekit.trace.pending import Pending
 from tracekit.trace.store import open_trace
 from tracekit.trace.writer import TraceWriter, columns
@@ -131,7 +131,7 @@ def test_recording_that_cannot_be_completed_says_why(tmp_path):
 def test_journal_of_another_version_is_left_alone(tmp_path):
     """What an older or newer tracekit has left is not guessed at."""
     path, journal = _cut_off(tmp_path, _ROW)
-    journal.write_bytes(journal.read_bytes().replace(b"[1, 0, ", b"[2, 0, ", 1))
+    journal.write_bytes(journal.read_bytes().replace(b"[%d, 0, " % LAYOUT, b"[2, 0, ", 1))
     with pytest.raises(TracekitError, match="another version of tracekit"):
         open_trace(path)
     assert journal.exists()

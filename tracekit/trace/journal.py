@@ -8,10 +8,11 @@ has appended stays in the journal, and is folded when the trace is next opened.
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from tracekit.trace.rows import GpuReading, RequestEnd, RequestRow
+from tracekit.trace.rows import STOPS, GpuReading, Moments, RequestEnd, RequestRow, Verification
 
 
 class Entry(NamedTuple):
@@ -44,7 +45,9 @@ class Entry(NamedTuple):
         return sum(map(len, rows)) + self.n_steps + self.n_verifications
 
 
-VERSION = 1  # of an entry's layout
+_PARTS = Entry, RequestRow, RequestEnd, GpuReading, Moments, Verification
+_FIELDS = [part._fields for part in _PARTS], STOPS
+LAYOUT = zlib.crc32(repr(_FIELDS).encode())  # a journal of another is refused
 _N_PLAIN = Entry._fields.index("steps")
 
 
@@ -69,7 +72,7 @@ class Journal:
     def append(self, entry: Entry) -> None:
         """Append ``entry``: a line of JSON, then the packed parts, whose lengths and place in the run it says."""
         packed = entry[_N_PLAIN:]
-        head = json.dumps([VERSION, self._n_rows, [len(part) for part in packed], *entry[:_N_PLAIN]])
+        head = json.dumps([LAYOUT, self._n_rows, [len(part) for part in packed], *entry[:_N_PLAIN]])
         left = memoryview(b"".join((head.encode(), b"\n", *packed)))
         while left:
             left = left[self._file.write(left) :]
@@ -98,10 +101,10 @@ def entries(path: Path, n_known: int) -> list[Entry]:
     with path.open("rb") as file:
         for line in file:
             try:
-                version, n_before, lengths, *plain = json.loads(line)
+                layout, n_before, lengths, *plain = json.loads(line)
             except (ValueError, TypeError):
                 break
-            if version != VERSION:
+            if layout != LAYOUT:
                 raise ValueError("it is of another version of tracekit")
             packed = [file.read(n) for n in lengths]
             if [len(part) for part in packed] != lengths:

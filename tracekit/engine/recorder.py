@@ -103,15 +103,18 @@ class Recorder:
         self._stop.set()
         self._thread.join()
         self._flush()
-        began = time.thread_time_ns()
         if self._nothing:
             self._writer.close()
             self._journal.remove()
             self.path.unlink(missing_ok=True)
             return
         self._attempt(self._fold)
-        writer_us = (self._writer_ns + time.thread_time_ns() - began) // 1000
-        end = RunEnd(self.run, self._pending.wall_us, self._pending.record_us, writer_us, n_checked, n_diverged)
+        spent = (
+            self._pending.wall_us,
+            self._pending.record_us,
+            self._writer_ns // 1000,
+        )  # before this fold, after the run
+        end = RunEnd(self.run, *spent, n_checked, n_diverged)
         self._attempt(lambda: self._writer.append({"run_ends": [end]}))
         self._attempt(self._writer.close)
         if self.failed:

@@ -39,7 +39,7 @@ CREATE TABLE run_ends (                  -- absent for a run that was cut off
     run SMALLINT PRIMARY KEY,
     wall_us BIGINT NOT NULL,             -- from the first to the last step
     record_us BIGINT NOT NULL,           -- spent recording in the generating thread
-    writer_us BIGINT NOT NULL,           -- processor time of the writing thread
+    writer_us BIGINT NOT NULL,           -- processor time of the writing thread, while there was something to record
     n_checked BIGINT NOT NULL,           -- probe, greedy: choices computed again in a batch of another width ...
     n_diverged BIGINT NOT NULL           -- ... and how many came out differently (floating point, near ties)
 );

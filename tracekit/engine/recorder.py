@@ -108,12 +108,8 @@ class Recorder:
             self._journal.remove()
             self.path.unlink(missing_ok=True)
             return
-        self._attempt(self._fold)
-        spent = (
-            self._pending.wall_us,
-            self._pending.record_us,
-            self._writer_ns // 1000,
-        )  # before this fold, after the run
+        self._attempt(self._fold)  # after the run, and no part of what recording it took
+        spent = self._pending.wall_us, self._pending.record_us, self._writer_ns // 1000
         end = RunEnd(self.run, *spent, n_checked, n_diverged)
         self._attempt(lambda: self._writer.append({"run_ends": [end]}))
         self._attempt(self._writer.close)

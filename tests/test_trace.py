@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tracekit.engine.recorder import free_path
 from tracekit.errors import TracekitError
 from tracekit.trace import rows, schema
 from tracekit.trace.fold import batches, fold
@@ -188,6 +189,26 @@ def test_file_that_exists_is_never_overwritten(tmp_path):
     with pytest.raises(TracekitError, match="--force"):
         TraceWriter.create(path)
     TraceWriter.create(path, force=True).close()
+
+
+@pytest.mark.parametrize("ending", ["", ".wal", ".journal"])
+def test_what_a_recording_left_is_never_overwritten(tmp_path, ending):
+    """A log or a journal whose trace was moved away holds rows: without force it stays, and its name is not taken."""
+    left = tmp_path / f"t.duckdb{ending}"
+    left.write_bytes(b"rows")
+    with pytest.raises(TracekitError, match=f"{re.escape(left.name)}: exists.*--force"):
+        TraceWriter.create(tmp_path / "t.duckdb")
+    assert left.read_bytes() == b"rows"
+    assert free_path(str(tmp_path / "t.duckdb")) == tmp_path / "t-2.duckdb"
+
+
+def test_folder_in_the_way_is_one_clear_line(tmp_path):
+    """A folder where the trace should be is not deleted, with force neither, and says so."""
+    (tmp_path / "t.duckdb").mkdir()
+    with pytest.raises(TracekitError, match="cannot be written") as error:
+        TraceWriter.create(tmp_path / "t.duckdb", force=True)
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "t.duckdb").is_dir()
 
 
 def _file(tmp_path, kind):

@@ -19,7 +19,7 @@ import duckdb
 
 from tracekit.engine.gpu import GpuSensors
 from tracekit.trace.fold import fold
-from tracekit.trace.journal import Journal
+from tracekit.trace.journal import Journal, files_of
 from tracekit.trace.pending import Pending
 from tracekit.trace.rows import GpuReading, RunEnd
 from tracekit.trace.writer import TraceWriter
@@ -126,7 +126,7 @@ def free_path(wanted: str | None) -> Path | None:
     if not wanted:
         return None
     path, n = Path(wanted), 1
-    while path.exists():
+    while any(file.exists() for file in files_of(path)):
         n += 1
         path = Path(wanted).with_stem(f"{Path(wanted).stem}-{n}")
     return path

@@ -28,8 +28,6 @@ class Entry(NamedTuple):
     requests: list[RequestRow]
     request_ends: list[RequestEnd]
     gpu_readings: list[GpuReading]
-    n_steps: int
-    n_verifications: int
     steps: bytes
     verifications: bytes
     stops: bytes
@@ -39,10 +37,16 @@ class Entry(NamedTuple):
     tokens: bytes
 
     @property
+    def n_verifications(self) -> int:
+        """Verifications in it."""
+        return len(self.stops)
+
+    @property
     def n_rows(self) -> int:
         """Rows of a trace's tables that the entry makes."""
         rows = self.requests, self.request_ends, self.gpu_readings
-        return sum(map(len, rows)) + self.n_steps + self.n_verifications
+        n_steps = len(self.steps) // (8 * len(Moments._fields))
+        return sum(map(len, rows)) + n_steps + self.n_verifications
 
 
 _PARTS = Entry, RequestRow, RequestEnd, GpuReading, Moments, Verification
@@ -54,6 +58,11 @@ _N_PLAIN = Entry._fields.index("steps")
 def journal_of(trace: Path) -> Path:
     """Where the journal of ``trace`` is. It exists while the trace is recorded, and after a recording was cut off."""
     return trace.with_name(trace.name + ".journal")
+
+
+def files_of(trace: Path) -> list[Path]:
+    """Where a trace may be on disk: the file, DuckDB's own log of it, and the journal."""
+    return [trace, trace.with_name(trace.name + ".wal"), journal_of(trace)]
 
 
 class Journal:

@@ -79,8 +79,6 @@ class Pending:
             requests=requests,
             request_ends=ends,
             gpu_readings=[],
-            n_steps=len(steps),
-            n_verifications=len(verifications),
             steps=b"".join(starmap(_pack_step, steps)),
             verifications=b"".join(starmap(_pack_verification, verifications)),
             stops=bytes(map(_STOP.__getitem__, _taken(self._stops, len(verifications)))),

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from tracekit.errors import TracekitError
 from tracekit.trace import schema
+from tracekit.trace.journal import files_of
 
 _ARROW = {
     "SMALLINT": pa.int16(),
@@ -31,7 +32,6 @@ _ARROW = {
     "REAL[]": pa.list_(pa.float32()),
 }
 
-ENDINGS = "", ".wal", ".journal"  # a trace on disk: the file, DuckDB's log of it, the recorder's (trace.journal)
 Rows = Sequence[tuple] | pa.Table  # of one table: tuples in column order, or columns by name
 
 
@@ -59,16 +59,19 @@ class TraceWriter:
 
     @classmethod
     def create(cls, path: str | Path, force: bool = False) -> TraceWriter:
-        """A new trace. Raises :class:`TracekitError` where ``path`` cannot be written, or exists, without ``force``."""
+        """A new trace. Raises :class:`TracekitError` where ``path`` cannot be written, or exists, without ``force``:
+        what another recording left beside it counts too.
+        """
         path = Path(path)
-        if path.exists() and not force:
-            raise TracekitError(f"{path}: exists; nothing recorded is overwritten without --force")
-        for ending in ENDINGS:
-            path.with_name(path.name + ending).unlink(missing_ok=True)
+        there = [file for file in files_of(path) if file.exists()]
+        if there and not force:
+            raise TracekitError(f"{there[0]}: exists; nothing recorded is overwritten without --force")
         try:
+            for file in there:
+                file.unlink()
             writer = cls(path)
             writer._con.execute(schema.TABLES + schema.VIEWS)
-        except duckdb.Error as error:
+        except (duckdb.Error, OSError) as error:
             raise TracekitError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from None
         return writer
 

@@ -52,17 +52,19 @@ def test_a_campaign_goes_on_where_it_stopped(tmp_path):
     assert "goes on" in run("smoke", *options, "--minutes", 1e-9, code=3).stderr
     result = run("smoke", *options)
     plan = read_plan("smoke")[0]
-    traces = {f"tiny-{name}.duckdb" for name in ("aligned", "misaligned", "calibration", *(v.name for v in plan.live))}
-    studies = {f"tiny-{head}.{ending}" for head in ("aligned", "misaligned") for ending in ("toml", "json")}
+    heads = ("aligned", "aligned-2-slots", "misaligned")
+    traces = {f"tiny-{name}.duckdb" for name in (*heads, "calibration", *(v.name for v in plan.live))}
+    studies = {f"tiny-{head}.{ending}" for head in heads for ending in ("toml", "json")}
     assert {p.name for p in folder.iterdir()} == traces | studies | {
         "plan.toml", "environment.json", "tables.txt", "verdict.png",
     }  # fmt: skip  # what every campaign leaves
-    assert "tiny-misaligned" in result.stdout
+    assert all(f"tiny-{head}" in result.stdout for head in heads)
     assert result.stdout.strip() == (folder / "tables.txt").read_text().strip()
     for name in traces:
         ends = open_trace(folder / name).runs["wall_us"]
         assert ends.is_not_null().all(), name
     assert file.read(folder / "tiny-misaligned.toml").evidence.trace == "tiny-misaligned.duckdb"
+    assert file.read(folder / "tiny-aligned-2-slots.toml").evidence.n_slots == 2
     live = open_trace(folder / f"tiny-{plan.live[0].name}.duckdb").frame("SELECT max(n_slots) AS n FROM steps")
     assert live["n"][0] == plan.live[0].slots
 

@@ -319,7 +319,7 @@ def test_live_recording(models, prompts, tmp_path):
 
 
 def test_slots_record_together(models, prompts, tmp_path):
-    """With --parallel one decode serves several slots, and the trace says so."""
+    """With --parallel one decode serves several slots, the trace says so, and replay predicts as many."""
     path = tmp_path / "t.duckdb"
     tracekit("record", models["plain"], "--prompts", prompts, "-o", path, "--parallel", 3, *FAST)
     rows = json.loads(
@@ -328,7 +328,9 @@ def test_slots_record_together(models, prompts, tmp_path):
         ).stdout
     )
     assert rows == [{"slots": 3, "drafting": 3}]
-    assert "--parallel 1" in tracekit("replay", path, code=2).stderr
+    assert {row["n_slots"] for row in json.loads(tracekit("replay", path, "--json").stdout)} == {3}
+    assert "--parallel 1" in tracekit("replay", path, "--parallel", 1, code=2).stderr
+    assert "--parallel 9" in tracekit("tune", path, "--parallel", 9, code=2).stderr
 
 
 MISTAKES = [

@@ -12,8 +12,6 @@ import polars as pl
 from tracekit.policy.file import PolicyFile
 from tracekit.policy.rule import Policy
 from tracekit.policy.spec import parse
-from tracekit.replay.arrays import positions
-from tracekit.replay.costs import CostModel, fit
 from tracekit.replay.league import League
 from tracekit.report import pictures
 from tracekit.report.stats import Summary, acceptance_by_position, summarise
@@ -26,20 +24,18 @@ if TYPE_CHECKING:
 class Trace:
     """A trace, open for questions. Raises :class:`~tracekit.errors.TracekitError` where ``path`` is none.
 
-    ``cost``: another trace to take the times from (*what if this workload ran on that machine?*).
+    ``cost``: another trace to take the times from (*what if this workload ran on that machine?*). ``n_slots``: serve
+    its requests over so many slots; None: as recorded.
     """
 
-    def __init__(self, path: str | Path, cost: str | Path | None = None):
+    def __init__(self, path: str | Path, cost: str | Path | None = None, n_slots: int | None = None):
         self.file: TraceFile = open_trace(path)
-        self._cost = cost
+        self._cost, self._n_slots = cost, n_slots
 
     @cached_property
     def league(self) -> League:
         """Positions, costs and references: made on first use, shared by everything below."""
-        cost: CostModel | None = None
-        if self._cost is not None:
-            cost = fit(open_trace(self._cost), positions(self.file).n_max)
-        return League.of(self.file, cost)
+        return League.of(self.file, None if self._cost is None else open_trace(self._cost), self._n_slots)
 
     @cached_property
     def stats(self) -> Summary:
@@ -87,9 +83,9 @@ class Trace:
         return f"Trace({str(self.file.path)!r})"
 
 
-def open(path: str | Path, cost: str | Path | None = None) -> Trace:
+def open(path: str | Path, cost: str | Path | None = None, n_slots: int | None = None) -> Trace:
     """The trace at ``path``; see :class:`Trace`."""
-    return Trace(path, cost)
+    return Trace(path, cost, n_slots)
 
 
 def _policies(of: str | Policy | Iterable[str | Policy]) -> list[Policy]:

@@ -1,9 +1,9 @@
 """Everything one wants from a machine that is there for an hour: a campaign, in stages that go on where they stopped.
 
 For every size of the reference model in the plan: build it on this machine, check where it lies, study it with its
-own drafter, calibrate the cost surface, record live traces at several slots and contexts, and study it with a drafter
-that is never right (a sidecar, so that the trunk is not written twice). What is worth keeping is one small folder; the
-models lie elsewhere and can be made again from a seed.
+own drafter, on one slot and over several, calibrate the cost surface, record live traces at several slots and contexts,
+and study it with a drafter that is never right (a sidecar, so that the trunk is not written twice). What is worth
+keeping is one small folder; the models lie elsewhere and can be made again from a seed.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ class Live(_Strict):
 
 
 class Plan(_Strict):
-    """A plan file (TOML); :mod:`tracekit.study` says what the workload's keys mean."""
+    """A plan file (TOML); :mod:`tracekit.study` says what the workload's keys mean. ``parallel``: slots of further
+    studies.
+    """
 
     about: str
     require_gpu: bool
@@ -86,6 +88,7 @@ class Plan(_Strict):
     prompts: int
     repeats: int
     seed: int
+    parallel: tuple[int, ...] = ()
     sizes: tuple[Size, ...]
     calibrate: Surface
     live: tuple[Live, ...]
@@ -139,7 +142,7 @@ class Campaign:
         for size in self.plan.sizes:
             aligned, sidecar = self._build(size)
             self._check(size, aligned)
-            findings.append(self._study(size, "aligned", aligned, None))
+            findings += [self._study(size, "aligned", aligned, None, slots) for slots in (1, *self.plan.parallel)]
             self._calibrate(size, aligned)
             for live in self.plan.live:
                 self._record(size, live, aligned, sidecar if live.head == "misaligned" else None)
@@ -191,8 +194,10 @@ class Campaign:
             partial.write_text(json.dumps(known, indent=2) + "\n")
             os.replace(partial, path)
 
-    def _study(self, size: Size, head: str, model: Path, sidecar: Path | None) -> Finding:
-        study = Study(self.folder, f"{size.name}-{head}", model, sidecar, self._settings(size), self.plan.workload)
+    def _study(self, size: Size, head: str, model: Path, sidecar: Path | None, slots: int = 1) -> Finding:
+        name = f"{size.name}-{head}" + (f"-{slots}-slots" if slots > 1 else "")
+        settings = self._settings(size, n_slots=slots, kv_unified=slots > 1)
+        study = Study(self.folder, name, model, sidecar, settings, self.plan.workload)
         finding = conduct(study, self.tell, self._may_go_on)
         self._weigh(self.folder / f"{study.name}.duckdb")
         return finding

@@ -2,6 +2,7 @@
 
 Every prompt is probed and then, at once, run live under every arm, in random order and several times over: a machine
 that drifts drifts for prediction and measurement alike. Replaying the probes predicts each arm's steps and its speed.
+Over several slots it is a wave of prompts that is probed and run at once.
 """
 
 from __future__ import annotations
@@ -22,12 +23,11 @@ from tracekit.engine import Completion, Engine, Probe, Request, Settings
 from tracekit.engine.record import record
 from tracekit.errors import TracekitError
 from tracekit.policy.rule import Policy, rule
-from tracekit.replay.costs import CostModel
 from tracekit.replay.league import League
-from tracekit.replay.simulate import rounds
-from tracekit.trace.store import open_trace
+from tracekit.trace.store import TraceFile, open_trace
 
 Progress = Callable[[int, int], None]
+Runs = dict[tuple[int, int, int], tuple[Completion, float]]  # by arm, request and repeat; the time in microseconds
 
 
 @dataclass(frozen=True)
@@ -138,51 +138,68 @@ def verify(
     settings: Settings,
     draft_model: str | Path | None = None,
     repeats: int = 3,
-    cost: CostModel | None = None,
+    times: TraceFile | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Verdict:
-    """Run ``requests`` (with distinct prompt ids) under ``arms``, predicted and live, on one slot.
+    """Run ``requests`` (with distinct prompt ids) under ``arms``, predicted and live, over the slots of ``settings``.
 
-    ``cost`` prices the prediction; without it the probes' own timings do. The first arm must be the one without MTP.
-    ``progress(done, total)`` counts live runs.
+    ``times``: the trace that prices the prediction; without it the probes' own timings do. The first arm must be the
+    one without MTP. ``progress(done, total)`` counts live runs of a request. With several slots a request's time is its
+    share of the machine, and speeds are of whole runs, prompts included (:class:`tracekit.replay.serving.Serving`).
     """
-    settings = replace(settings, n_slots=1)
+    n_slots, n = settings.n_slots, len(requests)
+    if n < n_slots:
+        raise TracekitError(f"{n_slots} slots (--parallel) need {n_slots} prompts or more; there are {n}")
     rng, runs = random.Random(seed), {}
-    total = repeats * len(requests) * len(arms)
+    requests = rng.sample(list(requests), len(requests))
     with tempfile.TemporaryDirectory(prefix="tracekit-") as folder:
         path, probe = Path(folder) / "probe.duckdb", Probe(settings.n_max, seed)
         with (
             Engine(model, None, settings, draft_model, trace=path, probe=probe) as prober,
             Engine(model, None, settings, draft_model) as live,
         ):
-            for turn, r in enumerate(rng.sample(range(len(requests)), len(requests))):
-                record(prober, [requests[r]], baseline=True, turn=turn)
+            wave = 1 if n_slots == 1 else 2 * n_slots
+            for start in range(0, n, wave):
+                chosen = range(start, min(start + wave, n))
+                record(prober, [requests[r] for r in chosen], baseline=True, turn=start // n_slots)
                 for repeat in range(repeats):
                     for a in rng.sample(range(len(arms)), len(arms)):
-                        runs[a, r, repeat] = _run(live, requests[r], arms[a].policy)
+                        done = _run(live, [requests[r] for r in chosen], arms[a].policy)
+                        times_us = [done[0].speculated_us] if n_slots == 1 else _shares_us(done)
+                        runs |= {(a, r, repeat): run for r, *run in zip(chosen, done, times_us, strict=True)}
                         if progress:
-                            progress(len(runs), total)
-        league = League.of(open_trace(path), cost)
+                            progress(len(runs), repeats * n * len(arms))
+        league = League.of(open_trace(path), times, n_slots, [r.prompt_id for r in requests], wave)
     return _judge(league, arms, requests, runs, repeats)
 
 
-def _run(engine: Engine, request: Request, policy: Policy | None) -> Completion:
+def _run(engine: Engine, requests: Sequence[Request], policy: Policy | None) -> list[Completion]:
+    """Serve ``requests``; their completions, in order."""
     engine.set_arm(mtp=policy is not None)
-    (done,) = engine.run([replace(request, policy=policy or rule("off")())])
-    return done
+    done = engine.run([replace(r, policy=policy or rule("off")()) for r in requests])
+    return sorted(done, key=lambda completion: completion.number)
 
 
-def _judge(league: League, arms: Sequence[Arm], requests: Sequence[Request], runs: dict, repeats: int) -> Verdict:
+def _shares_us(done: Sequence[Completion]) -> np.ndarray:
+    """Each request's share of the machine, microseconds: time is divided evenly among those under way."""
+    end = np.array([d.ended_ns for d in done]) / 1000
+    start = end - [d.prompt_us + d.catchup_us + d.generate_us for d in done]
+    moments = np.unique((start, end))
+    under_way = (start[:, None] <= moments[:-1]) & (end[:, None] >= moments[1:])
+    return (under_way * (np.diff(moments) / np.maximum(under_way.sum(0), 1))).sum(1)
+
+
+def _judge(league: League, arms: Sequence[Arm], requests: Sequence[Request], runs: Runs, repeats: int) -> Verdict:
     order = {prompt_id: i for i, prompt_id in enumerate(league.positions.prompt_ids)}
     known = [r for r, request in enumerate(requests) if request.prompt_id in order]
     places = np.array([order[requests[r].prompt_id] for r in known])
     tokens = float(league.tokens[places].sum())
     rows, shares = [], []
     for a, arm in enumerate(arms):
-        times = np.array([[runs[a, r, k].speculated_us for k in range(repeats)] for r in known], float)
+        times = np.array([[runs[a, r, k][1] for k in range(repeats)] for r in known], float)
         predicted = league.speed_of_these(arm.policy)
-        steps = rounds(arm.policy or rule("off")(), league.positions)
+        steps = league.serving.rounds(arm.policy or rule("off")(), league.positions)
         whole = 1e6 * tokens / times.sum(0)
         low, high = _repeat_interval(times, tokens)
         rows.append(
@@ -196,9 +213,9 @@ def _judge(league: League, arms: Sequence[Arm], requests: Sequence[Request], run
                 "measured_low": low,
                 "measured_high": high,
                 "spread_ratio": float((whole.max() - whole.min()) / 2 / np.median(whole)),
-                "equal_requests": sum(runs[a, r, 0].rounds == steps[order[requests[r].prompt_id]] for r in known),
+                "equal_requests": sum(runs[a, r, 0][0].rounds == steps[order[requests[r].prompt_id]] for r in known),
                 "equal_tokens": sum(
-                    all(runs[a, r, k].tokens == runs[0, r, 0].tokens for k in range(repeats)) for r in known
+                    all(runs[a, r, k][0].tokens == runs[0, r, 0][0].tokens for k in range(repeats)) for r in known
                 ),
                 "n_requests": len(known),
             }

@@ -27,6 +27,10 @@ Temp = Annotated[float, typer.Option("--temp", help="Temperature; 0 is greedy.")
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random; request i samples with seed + i.")]
 Threads = Annotated[int, typer.Option("--threads", help="CPU threads; 0: one per physical core.")]
 GpuLayers = Annotated[int, typer.Option("--gpu-layers", help="Layers on the GPU; -1: all.")]
+Slots = Annotated[int, typer.Option("--parallel", help="Slots served by one decode.")]
+Parallel = Annotated[
+    int | None, typer.Option("--parallel", help="Slots that the requests are served over [default: as recorded].")
+]
 Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Also draw it: .png, .svg or .html.")]
 
 
@@ -45,6 +49,9 @@ class EngineOptions:
     cache_type_k: Annotated[str, typer.Option(help="Type of the K cache: f16, f32 or q8_0.")] = "f16"
     cache_type_v: Annotated[str, typer.Option(help="Type of the V cache: f16, f32 or q8_0.")] = "f16"
     flash_attn: Annotated[str, typer.Option(help="Flash attention: auto, on or off.")] = "auto"
+    kv_unified: Annotated[
+        bool, typer.Option("--kv-unified", help="One KV cache for all slots: drafts of unequal length in one pass.")
+    ] = False
     spec_draft_backend_sampling: Annotated[
         bool | None,
         typer.Option(
@@ -71,6 +78,7 @@ class EngineOptions:
             cache_type_k=self.cache_type_k,
             cache_type_v=self.cache_type_v,
             flash_attn=self.flash_attn,
+            kv_unified=self.kv_unified,
             n_max=self.n_max,
             spec_draft_backend_sampling=self.spec_draft_backend_sampling,
             backend_sampling=self.backend_sampling,

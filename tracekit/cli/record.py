@@ -29,7 +29,7 @@ def record(
     max_tokens: options.MaxTokens = 128,
     temp: options.Temp = 0.0,
     seed: options.Seed = 0,
-    parallel: Annotated[int, typer.Option("--parallel", help="Slots served by one decode.")] = 1,
+    parallel: options.Slots = 1,
     *,
     engine_options: options.EngineOptions,
     force: options.Force = False,

@@ -24,14 +24,13 @@ def replay(
         Path | None,
         typer.Option("--cost", metavar="TRACE", help="Take the times from another trace, or a calibration."),
     ] = None,
+    parallel: options.Parallel = None,
     sort: Annotated[bool, typer.Option("--sort", help="Fastest first.")] = False,
     plot: options.Plot = None,
     json: options.Json = False,
 ) -> None:
     """Replay a trace under any policy: token-exact counts, predicted speed with its interval, regret."""
     from tracekit.policy.spec import parse
-    from tracekit.replay.arrays import positions
-    from tracekit.replay.costs import fit
     from tracekit.replay.league import League
     from tracekit.report import pictures, tables
     from tracekit.trace.store import open_trace
@@ -39,8 +38,7 @@ def replay(
     policies = parse(policy) if policy else None
     source = open_trace(trace)
     pictures.check(plot)
-    other = fit(open_trace(cost), positions(source).n_max) if cost else None
-    league = League.of(source, other)
+    league = League.of(source, open_trace(cost) if cost else None, parallel)
     frame = league.table(policies or league.usual_policies())
     if sort:
         frame = frame.sort("tokens_per_second", descending=True)

@@ -26,6 +26,7 @@ def tune(
         Path | None,
         typer.Option("--cost", metavar="TRACE", help="Take the times from another trace, or a calibration."),
     ] = None,
+    parallel: options.Parallel = None,
     folds: Annotated[int, typer.Option("--folds", help="Parts of the cross-validation, by request.")] = 5,
     seed: options.Seed = 0,
     force: options.Force = False,
@@ -33,8 +34,6 @@ def tune(
 ) -> None:
     """Search policies on a trace and write the best safe one, judged on requests it was not chosen on."""
     from tracekit.errors import TracekitError
-    from tracekit.replay.arrays import positions
-    from tracekit.replay.costs import fit
     from tracekit.replay.league import League
     from tracekit.report import tables
     from tracekit.trace.store import open_trace
@@ -45,7 +44,7 @@ def tune(
         raise TracekitError(f"{output}: exists; choose another name or give --force")
     wanted = read_space(space) if space else default_space()
     source = open_trace(trace)
-    league = League.of(source, fit(open_trace(cost), positions(source).n_max) if cost else None)
+    league = League.of(source, open_trace(cost) if cost else None, parallel)
     with out.progress("policies") as update:
         found = search(league, wanted, max_slowdown, folds, seed, update)
     if json:

@@ -33,6 +33,7 @@ def verify(
     max_tokens: options.MaxTokens = 128,
     temp: options.Temp = 0.0,
     seed: options.Seed = 0,
+    parallel: options.Slots = 1,
     *,
     engine_options: options.EngineOptions,
     plot: options.Plot = None,
@@ -46,7 +47,6 @@ def verify(
     from tracekit.errors import TracekitError
     from tracekit.model.prompt_sets import load
     from tracekit.policy import file, spec
-    from tracekit.replay.costs import fit
     from tracekit.report import pictures, tables
     from tracekit.trace.store import open_trace
 
@@ -57,7 +57,7 @@ def verify(
     tuned = file.read(text) if text.endswith(".toml") else file.PolicyFile(spec.parse_one(text))
     others = [p for text in also or [] for p in spec.parse(text)]
     loaded = load(prompts)
-    cost = fit(open_trace(trace), engine_options.n_max) if trace else None
+    times = open_trace(trace) if trace else None
 
     from tracekit.engine.model import sha256_of
     from tracekit.engine.provenance import device_name
@@ -75,12 +75,12 @@ def verify(
             out.say(
                 f"warning: {text} was tuned on {tuned.evidence.device}, this is {device_name()}; record and tune here"
             )
-    settings = engine_options.settings()
+    settings = engine_options.settings(parallel)
     requests = as_requests(loaded, max_tokens, temp, seed)
     arms = [*standard_arms(tuned.policy, settings.n_max), *(Arm(p.label, p) for p in others)]
     with out.progress("live runs") as update:
         verdict = run(
-            model, arms, requests, settings, engine_options.draft_model, repeats, cost, seed, update,
+            model, arms, requests, settings, engine_options.draft_model, repeats, times, seed, update,
         )  # fmt: skip  # what is run, then how
     if json:
         out.print_json(verdict.as_json())

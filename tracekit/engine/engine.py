@@ -87,7 +87,7 @@ class Engine:
 
     def _context(self, model: Model, target: Context | None = None) -> Context:
         s = self.settings
-        kinds = CACHE_TYPES[s.cache_type_k], CACHE_TYPES[s.cache_type_v], FLASH_ATTN[s.flash_attn]
+        kinds = CACHE_TYPES[s.cache_type_k], CACHE_TYPES[s.cache_type_v], FLASH_ATTN[s.flash_attn], s.kv_unified
         n_sampled = s.n_max + 1 if s.backend_sampling and target is None else 1
         return Context(model, s.n_slots, s.n_ctx, s.n_batch, s.n_ubatch, s.threads, *kinds, target, n_sampled)
 

@@ -283,6 +283,8 @@ class Loop:
         policy, asked, emitted = slot.policy, slot.n_asked, slot.n_emitted
         drafted, accepted = slot.rounds[-1]
         seen = Outcome(asked, drafted, accepted, emitted) if drafted or asked else _PLAIN
+        if slot.shares:  # another slot of this step may have learnt since
+            slot.state = self._shared[policy]
         slot.state = policy.rule.learn(policy.params, slot.state, slot.now, seen)
         if slot.shares:
             self._shared[policy] = slot.state

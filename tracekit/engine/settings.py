@@ -28,11 +28,13 @@ def physical_cores() -> int:
 class Settings:
     """How the engine runs. ``n_ctx``: tokens per slot. ``n_max``: most drafts any policy may ask for.
 
-    ``threads`` 0: one per physical core. ``gpu_layers`` -1: all. ``spec_draft_backend_sampling``: the device picks each
-    draft's ten most likely tokens, and the logits stay there (llama.cpp's default); None: where the output layer is on
-    a GPU, since beside a processor there is nothing to save. ``backend_sampling``: the device samples the target's
-    tokens too (llama.cpp's default: off). An engine's own settings say what is really done. Raises
-    :class:`TracekitError` for values that cannot work.
+    ``threads`` 0: one per physical core. ``gpu_layers`` -1: all. ``kv_unified``: one memory for all slots, so that a
+    step is one pass over the weights whatever each slot drafts; otherwise llama.cpp splits a batch whose slots differ
+    in rows, or are not neighbours, into several. ``spec_draft_backend_sampling``: the device picks each draft's ten
+    most likely tokens, and the logits stay there (llama.cpp's default); None: where the output layer is on a GPU, since
+    beside a processor there is nothing to save. ``backend_sampling``: the device samples the target's tokens too
+    (llama.cpp's default: off). An engine's own settings say what is really done. Raises :class:`TracekitError` for
+    values that cannot work.
     """
 
     n_slots: int = 1
@@ -44,6 +46,7 @@ class Settings:
     cache_type_k: str = "f16"
     cache_type_v: str = "f16"
     flash_attn: str = "auto"
+    kv_unified: bool = False
     n_max: int = 8
     spec_draft_backend_sampling: bool | None = None
     backend_sampling: bool = False

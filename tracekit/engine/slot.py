@@ -33,8 +33,8 @@ class Completion:
     """What a request came to; ``tokens`` includes an end-of-text token.
 
     Microseconds: ``prompt_us`` to the first token, without ``catchup_us``, which drafting added to reading the
-    prompt, and ``generate_us`` from there to the end. ``rounds``: ``(drafted, accepted)`` of every step, plain ones
-    included.
+    prompt, and ``generate_us`` from there to the end, which was at ``ended_ns`` of the monotonic clock. ``rounds``:
+    ``(drafted, accepted)`` of every step, plain ones included.
     """
 
     request: Request
@@ -46,6 +46,7 @@ class Completion:
     prompt_us: int
     catchup_us: int
     generate_us: int
+    ended_ns: int
     verifications: int
     drafted: int
     accepted: int
@@ -146,6 +147,7 @@ class Slot:
             prompt_us=(self.first_token_ns - self.started_ns) // 1000 - self.catchup_us,
             catchup_us=self.catchup_us,
             generate_us=(self.ended_ns - self.first_token_ns) // 1000,
+            ended_ns=self.ended_ns,
             verifications=len(drafting),
             drafted=sum(r[0] for r in drafting),
             accepted=sum(r[1] for r in drafting),

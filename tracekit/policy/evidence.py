@@ -31,7 +31,8 @@ class Evidence(_Strict):
     """Out-of-sample prediction for a tuned policy, and everything needed to check it.
 
     Speeds are tokens per second of generation over all requests, predicted for requests the choice was not made on;
-    ``low`` and ``high`` are a 95 % bootstrap interval. ``worst_category_speedup`` is the lowest over prompt categories.
+    ``low`` and ``high`` are a 95 % bootstrap interval. With several ``n_slots`` they are of whole runs, with prompts.
+    ``worst_category_speedup`` is the lowest over prompt categories.
     """
 
     advice: str
@@ -42,6 +43,7 @@ class Evidence(_Strict):
     model_desc: str
     device: str
     cost_model: str
+    n_slots: int = 1
     n_requests: int
     n_tokens: int
     n_policies: int

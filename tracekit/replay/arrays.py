@@ -8,6 +8,7 @@ into the simulator.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,7 +22,7 @@ ANY = 255  # ``known`` where the number of right drafts is known whatever the dr
 
 @dataclass(frozen=True)
 class Positions:
-    """The positions of a trace, requests one after another, ready for the compiled simulator.
+    """The positions of a trace, ready for the compiled simulator; requests in the order they are served.
 
     Request ``r`` with ``n_generated[r]`` tokens has ``n_generated[r] - 1`` positions, from ``first[r]``: at position
     ``g`` (1-based) ``g`` tokens have been emitted and further ones may be drafted. ``match`` uint8 ``[P]``: drafts
@@ -66,6 +67,18 @@ class Positions:
                 self.known,
                 self.probs,
             )
+        )
+
+    def queued(self, prompt_ids: Sequence[str]) -> Positions:
+        """The same requests in the order of ``prompt_ids``; those not named there are left out."""
+        place = {prompt_id: i for i, prompt_id in enumerate(self.prompt_ids)}
+        order = [place[prompt_id] for prompt_id in prompt_ids if prompt_id in place]
+        return replace(
+            self,
+            **{
+                name: getattr(self, name)[order] for name in ("first", "n_generated", "n_prompt", "max_tokens", "n_ctx")
+            },
+            **{name: tuple(getattr(self, name)[i] for i in order) for name in ("categories", "prompt_ids")},
         )
 
     def guess(self, filled: str) -> Positions:

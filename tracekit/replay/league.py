@@ -14,8 +14,8 @@ from tracekit.replay import kernel
 from tracekit.replay.arrays import Positions
 from tracekit.replay.arrays import positions as positions_of
 from tracekit.replay.clairvoyant import clairvoyant_us
-from tracekit.replay.costs import CostModel, fit
-from tracekit.replay.simulate import counts
+from tracekit.replay.costs import CostModel
+from tracekit.replay.serving import Serving
 from tracekit.trace.store import TraceFile
 
 _LEVELS = (0.025, 0.975)
@@ -34,32 +34,69 @@ class League:
     """Positions and costs made ready: the bootstrap draws, and the three references every policy is held against.
 
     ``cost`` may come from another trace than the positions (*what if this workload ran there?*). ``trace``: where the
-    positions come from, None for made-up ones.
+    positions come from, None for made-up ones. ``serving``: over how many slots, which ``cost`` must be fitted for.
+    With several there is no clairvoyant optimum.
     """
 
-    def __init__(self, positions: Positions, cost: CostModel, trace: TraceFile | None = None, seed: int = 0):
+    def __init__(
+        self,
+        positions: Positions,
+        cost: CostModel,
+        trace: TraceFile | None = None,
+        seed: int = 0,
+        serving: Serving | None = None,
+    ):
         self.positions, self.cost, self.trace = positions, cost, trace
+        self.serving = serving or Serving()
         rng = np.random.default_rng(seed)
         n = self.positions.n_requests
         self._draws = rng.multinomial(n, np.full(n, 1 / n), len(self.cost.boot))  # [n_boot, n_requests]
-        self.tokens = (self.positions.n_generated - 1).astype(float)
-        self._off = counts([rule("off")()], self.positions)[0]
-        self.clairvoyant_us = clairvoyant_us(self.positions, self.cost)
+        self.tokens = self.serving.tokens(self.positions)
+        self._off = self._counts([rule("off")()])[0]
+        self.clairvoyant_us = clairvoyant_us(self.positions, self.cost) if self.serving.n_slots == 1 else None
 
     @classmethod
-    def of(cls, trace: TraceFile, cost: CostModel | None = None) -> League:
-        """The league of a trace, at its own costs unless ``cost`` is given."""
-        found = positions_of(trace)
-        return cls(found, cost or fit(trace, found.n_max), trace)
+    def of(
+        cls,
+        trace: TraceFile,
+        times: TraceFile | None = None,
+        n_slots: int | None = None,
+        queue: Sequence[str] | None = None,
+        wave: int | None = None,
+    ) -> League:
+        """The league of a trace, served over ``n_slots`` slots, or as it was recorded; at its own costs, or those of
+        ``times``, another trace or a calibration. ``queue``: prompt ids in the order they are served; None: as
+        recorded; ``wave``: :class:`~tracekit.replay.serving.Serving`'s. Raises
+        :class:`~tracekit.errors.TracekitError` where the times do not tell enough.
+        """
+        found, priced = positions_of(trace), times or trace
+        found = found if queue is None else found.queued(queue)
+        serving = Serving.of(priced, Serving.of(trace, n_slots).n_slots, wave)
+        return cls(found, serving.fit(priced, found.n_max), trace, serving=serving)
+
+    def _counts(self, policies: Sequence[Policy], positions: Positions | None = None) -> np.ndarray:
+        return self.serving.counts(policies, positions or self.positions)
+
+    def times(self, policies: Sequence[Policy]) -> np.ndarray:
+        """Predicted microseconds of every request under every policy: float64 ``[n_policies, n_requests]``."""
+        return self.serving.times(policies, self.answerable, self.cost.prices)
+
+    def counts(self, policies: Sequence[Policy]) -> np.ndarray:
+        """What the cost model prices, of every policy and request: ``[n_policies, n_requests, n_counts]``."""
+        return self._counts(policies, self.answerable)
 
     @property
     def no_mtp_us(self) -> np.ndarray:
-        """Predicted time of each request without MTP, microseconds."""
+        """Predicted time of each request without MTP, microseconds; with several slots its share of the machine."""
         return self._off @ self.cost.no_mtp
 
     def no_mtp_speed(self) -> Interval:
         """Tokens per second without MTP."""
         return self._speed(self._off, self.cost.no_mtp, self.cost.boot_no_mtp)
+
+    def clairvoyant_speed(self) -> float | None:
+        """Tokens per second of the clairvoyant optimum, a bound; None with several slots."""
+        return None if self.clairvoyant_us is None else float(1e6 * self.tokens.sum() / self.clairvoyant_us.sum())
 
     def static_policies(self) -> list[Policy]:
         """``static`` at every recorded draft length."""
@@ -76,10 +113,10 @@ class League:
 
         ``speedup`` is against no MTP. ``exact_fraction``: share of steps whose outcome the trace determines; where it
         is below 1 the interval spans what lies between no and every unknown draft being right. ``regret``: time lost
-        against the clairvoyant optimum, over its time.
+        against the clairvoyant optimum, over its time; None with several slots.
         """
-        known = counts(policies, self.positions)
-        guesses = {fill: counts(policies, self.positions.guess(fill)) for fill in self._guesses(known)}
+        known = self._counts(policies)
+        guesses = {fill: self._counts(policies, self.positions.guess(fill)) for fill in self._guesses(known)}
         return pl.DataFrame([self._row(p, i, known, guesses) for i, p in enumerate(policies)])
 
     @staticmethod
@@ -110,10 +147,16 @@ class League:
             "amplification": (steps + drafted) / tokens,
             "trips": int(total[kernel.TRIPS]),
             "exact_fraction": 1 - best[:, kernel.INEXACT].sum() / steps,
-            "regret": float((best @ self.cost.prices).sum() / self.clairvoyant_us.sum() - 1),
+            "regret": self._regret(best),
+            "n_slots": self.serving.n_slots,
             "n_requests": self.positions.n_requests,
             "n_tokens": int(tokens),
         }
+
+    def _regret(self, known: np.ndarray) -> float | None:
+        if self.clairvoyant_us is None:
+            return None
+        return float((known @ self.cost.prices).sum() / self.clairvoyant_us.sum() - 1)
 
     @cached_property
     def members(self) -> dict[str, np.ndarray]:
@@ -128,12 +171,12 @@ class League:
 
     def inexact_fraction(self, policy: Policy) -> float:
         """Share of the policy's steps that the trace does not determine."""
-        known = counts([policy], self.answerable)[0]
+        known = self.counts([policy])[0]
         return float(known[:, kernel.INEXACT].sum() / known[:, kernel.STEPS].sum())
 
     def by_category(self, policy: Policy) -> pl.DataFrame:
         """One row per prompt category: tokens per second and speed-up against no MTP, each with its 95 % interval."""
-        known = counts([policy], self.answerable)[0]
+        known = self.counts([policy])[0]
         rows = []
         for category, member in self.members.items():
             speed, gain, total = self.speed(known, member), self.gain(known, member), known[member].sum(0)
@@ -158,7 +201,7 @@ class League:
         """Tokens per second of exactly these requests under ``policy`` (None: no MTP); the interval is the cost
         model's alone.
         """
-        known = self._off if policy is None else counts([policy], self.answerable)[0]
+        known = self._off if policy is None else self.counts([policy])[0]
         prices, boot = (
             (self.cost.no_mtp, self.cost.boot_no_mtp) if policy is None else (self.cost.prices, self.cost.boot)
         )

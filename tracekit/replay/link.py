@@ -1,6 +1,7 @@
 """Join a policy with the simulator: compiled by Numba and cached on disk, or interpreted.
 
-Numba's cache looks at one file only, so the policy's source and the binding to :mod:`tracekit.replay.kernel` are
+Two simulators can be joined: :mod:`tracekit.replay.kernel` (a request at a time) and :mod:`tracekit.replay.lockstep`
+(several slots). Numba's cache looks at one file only, so the policy's source and the binding to the simulator are
 written into one module whose name is the hash of everything that went into it: an edit anywhere makes a new module,
 never a stale one.
 """
@@ -50,25 +51,24 @@ def begin(params):
 def learn(params, state, now, seen):
     return _fix(_policy_learn(params, state, now, seen))
 
-n_kv, n_kv_sum = _njit(n_kv), _njit(n_kv_sum)
-walk = _njit(walk)
-price = _njit(price, fastmath=True)
+{parts}
 run = _njit(walk_all, cache=True, nogil=True)
 """
 _COMPILED = "from numba import njit as _njit"
 _INTERPRETED = "def _njit(function, **options): return function"
 _PLACE = "from tracekit.policy.shipped.off import Params, begin, decide, learn  # the policy\n"
+_FAST = {"price": ", fastmath=True"}  # a sum of products: its order is free
 _CASTS = {"int": "int({})", "float": "float({})", "bool": "{} != 0"}
 
 
 @cache
-def compiled(rule: Rule) -> Callable[..., None]:
-    """The compiled :func:`~tracekit.replay.kernel.walk_all` of a policy. Raises :class:`TracekitError`, when called,
-    where Numba cannot compile it.
+def compiled(rule: Rule, simulator: ModuleType = kernel) -> Callable[..., None]:
+    """The compiled ``walk_all`` of ``simulator`` under a policy. Raises :class:`TracekitError`, when called, where
+    Numba cannot compile it.
     """
     import numba
 
-    module = _module(rule, _COMPILED, numba.__version__)
+    module = compiled_module(rule, simulator)
 
     def run(*arguments: Any) -> None:
         try:
@@ -85,15 +85,23 @@ def compiled(rule: Rule) -> Callable[..., None]:
 
 
 @cache
-def interpreted(rule: Rule) -> ModuleType:
+def compiled_module(rule: Rule, simulator: ModuleType = kernel) -> ModuleType:
+    """``simulator`` joined with a policy, its functions compiled when they are first called."""
+    import numba
+
+    return _module(rule, simulator, _COMPILED, numba.__version__)
+
+
+@cache
+def interpreted(rule: Rule, simulator: ModuleType = kernel) -> ModuleType:
     """The same module without Numba, as slow as Python: its ``run`` is the twin that tests and benchmarks compare
     with.
     """
-    return _module(rule, _INTERPRETED, "")
+    return _module(rule, simulator, _INTERPRETED, "")
 
 
-def _module(rule: Rule, njit: str, version: str) -> ModuleType:
-    source = Path(kernel.__file__).read_text()
+def _module(rule: Rule, simulator: ModuleType, njit: str, version: str) -> ModuleType:
+    source = Path(simulator.__file__).read_text()
     taken = (_names(source) - {"params_of"}) & _names(rule.source)
     if taken:
         raise TracekitError(f"{rule.path}: the name {sorted(taken)[0]} is the simulator's; choose another")
@@ -102,17 +110,30 @@ def _module(rule: Rule, njit: str, version: str) -> ModuleType:
         njit=njit,
         jitted="\n".join(f"{name} = _njit({name})" for name in _functions(rule.source)),
         params=", ".join(_cast(kind, f"row[{i}]") for i, kind in enumerate(rule.types.values())),
+        parts="\n".join(f"{name} = _njit({name}{_FAST.get(name, '')})" for name in _helpers(source)),
         state=", ".join(_cast(rule.State.__annotations__[f], f"state[{i}]") for i, f in enumerate(rule.State._fields)),
     )
     whole = own + "\n\n" + source.replace(_PLACE, "") + binding
     identity = hashlib.sha256(
-        "|".join((whole, Path(interface.__file__).read_text(), version, sys.version)).encode()
+        "|".join((whole, *(Path(m.__file__).read_text() for m in (interface, kernel)), version, sys.version)).encode()
     ).hexdigest()[:16]
     return _import(f"tracekit_{rule.name}_{identity}", whole)
 
 
 def _functions(source: str) -> list[str]:
     return [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+
+
+def _helpers(source: str) -> list[str]:
+    """Functions of a simulator's ``source``, its own and the kernel's that it uses, but for the one that starts it."""
+    imported = [
+        name.name
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ImportFrom) and node.module == kernel.__name__
+        for name in node.names
+        if callable(getattr(kernel, name.name))
+    ]
+    return [name for name in imported + _functions(source) if name not in ("params_of", "walk_all")]
 
 
 def _names(source: str) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 
 import numpy as np
 
@@ -28,7 +29,7 @@ def totals(policies: Sequence[Policy], positions: Positions, cost: np.ndarray) -
     """
     out = np.empty((len(policies), positions.n_requests, kernel.N_SCALARS + 1))
     nothing = np.zeros((0, 0, 0), np.int64)
-    for run, chosen, rows, shared in _by_rule(policies, positions, out[0].nbytes):
+    for run, chosen, rows, shared in by_rule(policies, positions, out[0].nbytes):
         part = np.empty((len(chosen), *out.shape[1:]))
         run(rows, shared, arrays_of(positions), cost, part, nothing)
         out[chosen] = part
@@ -41,7 +42,7 @@ def counts(policies: Sequence[Policy], positions: Positions) -> np.ndarray:
     """
     size = kernel.n_counts(positions.n_max)
     out = np.empty((len(policies), positions.n_requests, size), np.int64)
-    for run, chosen, rows, shared in _by_rule(policies, positions, out[0].nbytes):
+    for run, chosen, rows, shared in by_rule(policies, positions, out[0].nbytes):
         detail = np.empty((len(chosen), *out.shape[1:]), np.int64)
         run(
             rows,
@@ -77,7 +78,7 @@ def rounds(policy: Policy, positions: Positions) -> list[list[tuple[int, int]]]:
         size = kernel.n_counts(positions.n_max)
         out = np.empty((1, positions.n_requests, kernel.N_SCALARS + 1))
         shared = np.array([policy.scope == "engine"])
-        module.run(_rows([policy]), shared, arrays_of(positions), np.zeros(size), out, np.zeros((0, 0, 0), np.int64))
+        module.run(rows_of([policy]), shared, arrays_of(positions), np.zeros(size), out, np.zeros((0, 0, 0), np.int64))
     finally:
         module.walk, module.learn = walk, learn
     steps = out[0, :, kernel.STEPS].astype(int)
@@ -96,23 +97,23 @@ def check(policy: Policy, positions: Positions) -> None:
         )
 
 
-def _by_rule(
-    policies: Sequence[Policy], positions: Positions, bytes_each: int
+def by_rule(
+    policies: Sequence[Policy], positions: Positions, bytes_each: int, simulator: ModuleType = kernel
 ) -> Iterator[tuple[Callable, np.ndarray, np.ndarray, np.ndarray]]:
-    """``(compiled run, indices, rows, shared)`` for chunks of policies of one rule."""
+    """``(compiled run, indices, rows, shared)`` for chunks of policies of one rule, of ``bytes_each`` of results."""
     groups: dict[Rule, list[int]] = {}
     for i, policy in enumerate(policies):
         check(policy, positions)
         groups.setdefault(policy.rule, []).append(i)
     most = max(1, _CHUNK_BYTES // bytes_each)
     for rule, members in groups.items():
-        run = link.compiled(rule)
+        run = link.compiled(rule, simulator)
         for start in range(0, len(members), most):
             chosen = members[start : start + most]
             some = [policies[i] for i in chosen]
-            yield run, np.array(chosen), _rows(some), np.array([p.scope == "engine" for p in some])
+            yield run, np.array(chosen), rows_of(some), np.array([p.scope == "engine" for p in some])
 
 
-def _rows(policies: Sequence[Policy]) -> np.ndarray:
+def rows_of(policies: Sequence[Policy]) -> np.ndarray:
     """Parameters as float64 ``[n_policies, n_params]``; one idle column for policies without any."""
     return np.array([p.row() or [0.0] for p in policies])

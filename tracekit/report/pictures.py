@@ -39,7 +39,9 @@ def save(chart: alt.TopLevelMixin, path: str | Path) -> Path:
 
 
 def league_chart(frame: pl.DataFrame, league: League) -> alt.LayerChart:
-    """Predicted speed of each policy with its interval; lines at no MTP and at the clairvoyant optimum."""
+    """Predicted speed of each policy with its interval; lines at no MTP and, where there is one, at the clairvoyant
+    optimum.
+    """
     import altair as alt
 
     rows = frame.select("policy", "tokens_per_second", "tokens_per_second_low", "tokens_per_second_high")
@@ -50,8 +52,8 @@ def league_chart(frame: pl.DataFrame, league: League) -> alt.LayerChart:
     errors = base.mark_errorbar(color="black").encode(
         x=alt.X("tokens_per_second_low:Q", title=""), x2="tokens_per_second_high:Q"
     )
-    optimum = float(1e6 * league.tokens.sum() / league.clairvoyant_us.sum())
-    lines = pl.DataFrame({"x": [league.no_mtp_speed().value, optimum], "reference": ["no MTP", "clairvoyant optimum"]})
+    speeds = [league.no_mtp_speed().value, league.clairvoyant_speed()]
+    lines = pl.DataFrame({"x": speeds, "reference": ["no MTP", "clairvoyant optimum"]}).drop_nulls()
     scale = alt.Scale(domain=["no MTP", "clairvoyant optimum"], range=[_RED, _GREEN])
     rules = (
         alt.Chart(lines)

@@ -63,11 +63,13 @@ def league_table(frame: pl.DataFrame, league: League) -> Table:
                 _cell(row["amplification"], 2),
                 str(row["trips"]),
                 f"{100 * row['exact_fraction']:.1f} %",
-                f"{100 * row['regret']:.1f} %",
+                *([] if row["regret"] is None else [f"{100 * row['regret']:.1f} %"]),
             ]
         )
+    if league.clairvoyant_us is None:
+        columns.remove("regret")
     for name, speed, gain in _references(league):
-        rows.append([name, speed, gain, *[""] * 8])
+        rows.append([name, speed, gain, *[""] * (len(columns) - 3)])
     return table(columns, rows)
 
 
@@ -75,16 +77,18 @@ def _references(league: League) -> list[tuple[str, str, str]]:
     plain = league.no_mtp_speed()
     best = _best_static(league)
     row = {"s": plain.value, "s_low": plain.low, "s_high": plain.high}
-    optimum = 1e6 * league.tokens.sum() / league.clairvoyant_us.sum()
-    return [
+    references = [
         ("(no MTP)", interval(row, "s", 1), "1"),
         (
             f"(best fixed length: {best['policy']})",
             interval(best, "tokens_per_second", 1),
             interval(best, "speedup", 3),
         ),
-        ("(clairvoyant optimum: a bound)", f"{optimum:.1f}", f"{optimum / plain.value:.3f}"),
     ]
+    optimum = league.clairvoyant_speed()
+    if optimum is not None:
+        references.append(("(clairvoyant optimum: a bound)", f"{optimum:.1f}", f"{optimum / plain.value:.3f}"))
+    return references
 
 
 def _best_static(league: League) -> dict[str, Any]:
@@ -98,7 +102,7 @@ def with_references(frame: pl.DataFrame, league: League) -> list[dict[str, Any]]
         "no_mtp_tokens_per_second": plain.value,
         "best_static": best["policy"],
         "best_static_tokens_per_second": best["tokens_per_second"],
-        "clairvoyant_tokens_per_second": float(1e6 * league.tokens.sum() / league.clairvoyant_us.sum()),
+        "clairvoyant_tokens_per_second": league.clairvoyant_speed(),
         "trace_id": league.trace.trace_id,
         "cost_model": league.cost.id,
     }
@@ -107,12 +111,17 @@ def with_references(frame: pl.DataFrame, league: League) -> list[dict[str, Any]]
 
 def league_note(league: League) -> str:
     """What the table's numbers rest on."""
-    p = league.positions
+    p, n_slots = league.positions, league.serving.n_slots
+    together = (
+        f" Served over {n_slots} slots from one queue: tokens/s are of the whole run, reading prompts included."
+        if n_slots > 1
+        else ""
+    )
     return (
         f"{p.n_requests} requests, {int(league.tokens.sum())} tokens, {p.mode} trace; times from "
         f"{league.cost.n_steps} steps "
         f"(cost model {league.cost.id}, step spread {100 * league.cost.spread_ratio:.1f} %); counts are exact "
-        "where 'exact' says 100 %."
+        f"where 'exact' says 100 %.{together}"
     )
 
 

@@ -51,6 +51,7 @@ def tune(
             model_desc=run["model_desc"],
             device=run["device"],
             cost_model=league.cost.id,
+            n_slots=league.serving.n_slots,
             n_requests=league.positions.n_requests,
             n_tokens=int(league.tokens.sum()),
             n_policies=len(found.policies),
@@ -112,7 +113,8 @@ def _alternative(label: str, speed: Interval, gain: float, safe: bool) -> Altern
 
 
 def _advice(policy: Policy, gain: Interval, worst: str, worst_gain: Interval, league: League) -> str:
-    n = f"n = {league.positions.n_requests} requests, held out"
+    n_slots = league.serving.n_slots
+    n = f"n = {league.positions.n_requests} requests{f' over {n_slots} slots' if n_slots > 1 else ''}, held out"
     if policy == rule("off")():
         return f"Do not speculate with this model on prompts like these: no policy was safely faster than no MTP ({n})."
     return (

@@ -11,9 +11,7 @@ import numpy as np
 
 from tracekit.errors import TracekitError
 from tracekit.policy.rule import Policy, rule
-from tracekit.replay import kernel
 from tracekit.replay.league import League
-from tracekit.replay.simulate import counts, totals
 from tracekit.tune.space import grid, neighbours
 
 _REFINED = 8  # best policies whose neighbourhood is tried
@@ -90,12 +88,9 @@ def search(
 
 def _times(league: League, policies: Sequence[Policy], progress: Progress | None) -> np.ndarray:
     """Predicted time of every policy on every request; ``off`` means not loading MTP at all."""
-    known = league.answerable
-    out = np.empty((len(policies), known.n_requests))
+    out = np.empty((len(policies), league.positions.n_requests))
     for start in range(0, len(policies), 512):
-        out[start : start + 512] = totals(policies[start : start + 512], known, league.cost.prices)[
-            :, :, kernel.N_SCALARS
-        ]
+        out[start : start + 512] = league.times(policies[start : start + 512])
         if progress:
             progress(min(start + 512, len(policies)), len(policies))
     off = [i for i, p in enumerate(policies) if p == rule("off")()]
@@ -135,7 +130,7 @@ def _worst_slowdown(league: League, time: np.ndarray) -> float:
 def held_out_counts(league: League, found: Search) -> np.ndarray:
     """Counts of each request under the policy chosen without it: int64 ``[n_requests, n_counts]``."""
     used = sorted(set(found.held_out.tolist()))
-    per_policy = counts([found.policies[i] for i in used], league.answerable)
+    per_policy = league.counts([found.policies[i] for i in used])
     return per_policy[np.searchsorted(used, found.held_out), np.arange(league.positions.n_requests)]
 
 

@@ -1,0 +1,230 @@
+"""Several slots: the lockstep simulator makes the engine's steps, its prices are found again, and live agrees."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+import tracekit
+from tracekit.engine import Engine, Probe
+from tracekit.engine.record import record
+from tracekit.errors import TracekitError
+from tracekit.policy.spec import parse, parse_one
+from tracekit.replay import kernel, link, lockstep, lockstep_costs, simulate
+from tracekit.replay.arrays import positions
+from tracekit.replay.league import League
+from tracekit.replay.serving import Serving
+from tracekit.testing import random_positions
+from tracekit.trace.store import open_trace
+from tracekit.verify import _shares_us
+
+from .conftest import N_MAX, POLICIES, requests
+from .test_cli import tracekit as cli
+from .test_replay import POLICIES as SWEPT
+
+N_SLOTS = 3
+SAME = ("STEPS", "VERIFICATIONS", "DRAFTED", "ACCEPTED", "TOKENS", "TRIPS", "INEXACT")
+BY_SLOTS = '''"""Draft less the more slots generate."""
+from typing import NamedTuple
+
+
+class Params(NamedTuple):
+    n_max: int = 6
+
+
+class State(NamedTuple):
+    nothing: int
+
+
+def begin(params):
+    return State(0)
+
+
+def decide(params, state, now):
+    return params.n_max // now.n_active, 0.0
+
+
+def learn(params, state, now, seen):
+    return state
+'''
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["a memory each", "one memory"])
+def several(request, models, settings, tmp_path_factory):
+    """Settings of three slots, and a probe recorded with them; their prompts are read in chunks beside generation."""
+    chosen = replace(settings, n_slots=N_SLOTS, n_batch=64, n_ubatch=64, kv_unified=request.param)
+    path = tmp_path_factory.mktemp("several") / "probe.duckdb"
+    with Engine(models["plain"], settings=chosen, trace=path, probe=Probe(N_MAX, seed=1)) as engine:
+        record(engine, requests(per_category=2), baseline=True)
+    return chosen, path
+
+
+@examples(max_examples=15)
+@given(st.integers(0, 10**6), st.booleans())
+def test_one_slot_in_lockstep_is_the_walk(seed, probe):
+    """The two simulators share no step: with one slot they count the same, request by request, round by round."""
+    p = random_positions(random.Random(seed), 8, 8, probe)
+    walked = simulate.counts(SWEPT, p)
+    for policy, counted in zip(SWEPT, walked, strict=True):
+        out, rounds = np.zeros((1, p.n_requests, lockstep.N_COUNTS)), np.zeros((len(p.match), 2), np.int16)
+        rows, shared = simulate.rows_of([policy]), np.array([policy.scope == "engine"])
+        run = link.compiled(policy.rule, lockstep)
+        run(rows, shared, (1, 512, 512, False, 99), simulate.arrays_of(p), out, rounds)
+        for name in SAME:
+            index = getattr(kernel, name)
+            assert (out[0, :, index] == counted[:, index]).all(), (policy, name)
+        for first, steps in zip(p.first, simulate.rounds(policy, p), strict=True):
+            assert [tuple(r) for r in rounds[first : first + len(steps)]] == steps
+
+
+@examples(max_examples=5)
+@given(st.integers(0, 10**6), st.integers(1, 5), st.booleans())
+def test_compiled_equals_interpreted_in_lockstep(seed, n_slots, unified):
+    """The compiled lockstep walk counts exactly what the interpreted twin counts."""
+    p = random_positions(random.Random(seed), 8, 8)
+    for policy in SWEPT:
+        found = []
+        for run in (link.compiled(policy.rule, lockstep), link.interpreted(policy.rule, lockstep).run):
+            out = np.zeros((1, p.n_requests, lockstep.N_COUNTS))
+            sizes = (n_slots, 48, 48, unified, 5)
+            run(
+                simulate.rows_of([policy]), np.array([policy.scope == "engine"]), sizes, simulate.arrays_of(p), out,
+                np.zeros((0, 2), np.int16),
+            )  # fmt: skip  # what is run, then where to
+            found.append(out)
+        assert (found[0] == found[1]).all(), policy
+
+
+@pytest.mark.parametrize(
+    ("rows", "unified", "passes"),
+    [
+        ([9, 9, 9, 9], False, [(36, 4)]),
+        ([9, 1, 1, 1], False, [(4, 4), (8, 1)]),
+        ([9, 3, 0, 1], False, [(6, 2), (6, 1), (1, 1)]),
+        ([0, 2, 2, 0], False, [(4, 2)]),
+        ([9, 1, 1, 1], True, [(12, 1)]),
+        ([40, 40, 0, 0], True, [(64, 1), (16, 1)]),
+        ([40, 40, 0, 0], False, [(64, 2), (16, 2)]),
+    ],
+)
+def test_passes_over_the_weights(rows, unified, passes):
+    """A batch is split into passes as llama.cpp splits it: by hand from src/llama-batch.cpp."""
+    counts = np.zeros(lockstep.N_COUNTS)
+    lockstep.book_target(counts, np.array(rows), np.zeros(4, int), 0, 0, 64, unified, True, -1)
+    assert counts[lockstep.BATCHES] == len(passes)
+    assert counts[lockstep.ROWS_MTP] == counts[lockstep.OUTPUTS] == sum(n for n, _ in passes)
+    assert counts[lockstep.KV] == 256 * sum(seqs for _, seqs in passes)
+    stretches = np.diff([*lockstep.KNOTS, 10**6])
+    filled = sum(np.clip(n - lockstep.KNOTS, 0, stretches) for n, _ in passes)
+    assert (counts[lockstep.ROWS : lockstep.DRAFT_ROWS] == filled).all()
+
+
+def test_steps_equal_the_live_engines(several, models, tmp_path):
+    """For every policy: each request's (drafted, accepted) and everything that is counted of the run's steps equal what
+    the live engine did and recorded, with chunks of prompts beside generation and states that slots share.
+    """
+    chosen, path = several
+    (tmp_path / "by_slots.py").write_text(BY_SLOTS)
+    trace = open_trace(path)
+    wanted = requests(per_category=2)
+    p = positions(trace).queued([r.prompt_id for r in wanted])
+    assert p.n_requests == len(wanted)
+    serving = Serving.of(trace)
+    assert serving == Serving(N_SLOTS, 64, 64, chosen.kv_unified)
+    for i, text in enumerate((*POLICIES, str(tmp_path / "by_slots.py"))):
+        policy = parse_one(text)
+        live = tmp_path / f"live-{i}.duckdb"
+        with Engine(models["plain"], policy, chosen, trace=live) as engine:
+            done = {c.request.prompt_id: c for c in engine.run(wanted)}
+        for prompt_id, rounds in zip(p.prompt_ids, serving.rounds(policy, p), strict=True):
+            assert done[prompt_id].rounds == rounds, (text, prompt_id)
+        walked = serving.counts([policy], p)[0].sum(0)
+        recorded = lockstep_costs.recorded_counts(open_trace(live), serving.sizes).sum(0)
+        same = np.r_[lockstep.HOST : lockstep.N_COUNTS]
+        if "resume" in text:  # a trace does not tell how many rows went ahead of a draft that did not fit
+            same = np.setdiff1d(same, [lockstep.AHEADS, lockstep.AHEAD_ROWS])
+        assert np.allclose(walked[same], recorded[same]), (text, np.flatnonzero(~np.isclose(walked, recorded)))
+
+
+def test_shares_add_up(several):
+    """Every step belongs to somebody: the shares of the requests are the steps of the run."""
+    p = positions(open_trace(several[1]))
+    counts = Serving.of(open_trace(several[1])).counts(parse("off,static:n_max=4"), p)
+    assert np.allclose(counts[:, :, lockstep.HOST].sum(1), np.round(counts[:, :, lockstep.HOST].sum(1)))
+    assert (counts[:, :, lockstep.HOST_TOKENS].sum(1) == (p.n_generated - 1).sum()).all()
+    assert (counts[0, :, lockstep.HOST_MTP] == 0).all()  # off is no MTP
+
+
+def test_prices_are_found_again(several):
+    """Times made from known prices give these times back, also under policies that were not recorded."""
+    trace = open_trace(several[1])
+    serving = Serving.of(trace)
+    steps = lockstep_costs._Steps.read(trace, N_MAX, serving.sizes)
+    rng = np.random.default_rng(0)
+    prices = np.r_[np.zeros(lockstep.HOST), rng.uniform(10, 50, lockstep.N_COUNTS - lockstep.HOST)]
+    prices[[lockstep.KV, lockstep.KV_ROWS, lockstep.KV_DRAFT]] = rng.uniform(0, 0.01, 3)
+    made = {part: steps.counts[:, columns] @ prices[columns] for part, columns in lockstep_costs._PARTS.items()}
+    steps = replace(steps, measured=made | {"wall": sum(made.values())})
+    found = lockstep_costs._prices([g.sum(0) for g in steps.grams()], steps)
+    assert np.allclose(steps.counts @ found, steps.wall, rtol=1e-3)
+    policies = parse("off,static:n_max=1..6/1,fallback:n_max=6")
+    p = positions(trace)
+    times = serving.times(policies, p, found).sum(1), serving.times(policies, p, prices).sum(1)
+    assert np.allclose(*times, rtol=0.01)
+
+
+def test_tune_over_several_slots(several, tmp_path):
+    """Tuning works as with one slot, says over how many, and never recommends what it predicts to be slower."""
+    trace = tracekit.open(several[1])
+    table = trace.replay("off,static:n_max=2,4")
+    assert (table["n_slots"] == N_SLOTS).all()
+    assert table["speedup"][0] == 1
+    assert table["regret"].is_null().all()
+    best = trace.tune(space={"static": {"n_max": "1..6/1"}})
+    assert f"over {N_SLOTS} slots" in best.evidence.advice
+    assert best.evidence.n_slots == N_SLOTS
+    assert best.evidence.speedup >= 1
+    best.save(tmp_path / "policy.toml")
+
+
+def test_shares_of_completions(engine, models, several):
+    """Measured shares add up to the time from the first request's start to the last one's end."""
+    with Engine(models["plain"], settings=several[0]) as fresh:
+        done = list(fresh.run([replace(r, max_tokens=8) for r in requests()]))
+    start = min(d.ended_ns / 1000 - d.prompt_us - d.catchup_us - d.generate_us for d in done)
+    whole = max(d.ended_ns for d in done) / 1000 - start
+    assert _shares_us(done).sum() == pytest.approx(whole, rel=0.01)
+    assert (_shares_us(done) > 0).all()
+
+
+def test_what_was_not_measured_is_refused(several, probe_traces):
+    """Costs of more slots than were ever active, or without the baseline, are an error that says what to record."""
+    single, three = open_trace(probe_traces[0.0]), open_trace(several[1])
+    with pytest.raises(TracekitError, match="--parallel 4"):
+        League.of(single, n_slots=4)
+    with pytest.raises(TracekitError, match="--parallel 4"):
+        League.of(three, n_slots=4)
+    with pytest.raises(TracekitError, match="1 or more"):
+        League.of(three, n_slots=0)
+    assert League.of(single, three, 3).table(parse("static:n_max=2"))["tokens_per_second"][0] > 0
+
+
+def test_verify_over_several_slots(models):
+    """`verify --parallel` serves all prompts at once, makes the predicted steps and the tokens without MTP."""
+    found = cli(  # in a process of its own
+        "verify", models["plain"], "static:n_max=3", "--parallel", "2", "--kv-unified", "--max-tokens", "16",
+        "--repeats", "1", "--n-max", "4", "--ctx-size", "512", "--cache-type-k", "f32", "--cache-type-v", "f32",
+        "--flash-attn", "off", "--json",
+    )  # fmt: skip  # option and value
+    verdict = json.loads(found.stdout)
+    assert verdict["lossless"]
+    for arm in verdict["arms"]:
+        assert arm["equal_requests"] == arm["n_requests"], arm["arm"]
+        assert min(arm["predicted"], arm["measured"]) > 0

@@ -1,0 +1,354 @@
+"""The simulator for several slots: requests queue for them, and every step is one target decode for all.
+
+As in :mod:`tracekit.replay.kernel`, another policy's source takes the place of the line that imports it, and a walk
+counts. A step's counts are divided evenly among the requests in it: a request's time is its share of the machine, and
+shares add up to the run. The order of work is the engine's (:mod:`tracekit.engine.loop`), whose steps do not depend on
+time: the same requests in the same queue make the same steps.
+
+Counts of one request, float64 ``[N_COUNTS]``: first some of the kernel's own scalars (its steps, drafts, tokens,
+trips), then its share of the parts of steps named below, then how much of each stretch between :data:`KNOTS` the rows
+of target batches and of MTP batches filled: prices per stretch make a price per row count that is piecewise linear.
+"""
+
+import numpy as np
+
+from tracekit.policy.interface import Now, Outcome
+from tracekit.policy.shipped.off import Params, begin, decide, learn  # the policy
+from tracekit.replay.kernel import ACCEPTED, DRAFTED, INEXACT, N_SCALARS, STEPS, TOKENS, TRIPS, VERIFICATIONS, n_kv
+
+HOST = N_SCALARS  # steps
+HOST_SLOTS = HOST + 1  # slots that generated, summed over steps
+HOST_TOKENS = HOST + 2  # tokens they emitted
+HOST_MTP = HOST + 3  # steps with hidden states extracted: some slot may still draft
+HOST_MTP_SLOTS = HOST + 4
+HOST_ROUNDS = HOST + 5  # steps with drafts
+HOST_DRAFTERS = HOST + 6  # slots that drafted
+BATCHES = HOST + 7  # passes of the target over its weights
+BATCHES_MTP = HOST + 8  # of these, with hidden states extracted
+ROWS_MTP = HOST + 9
+OUTPUTS = HOST + 10  # rows whose logits were wanted
+RESHAPES = HOST + 11  # passes of another shape than the one before: llama.cpp builds its graph again
+KV = HOST + 12  # cells that attention reads, summed over passes
+KV_ROWS = HOST + 13  # the same times the rows that read them
+DRAFT_FIRSTS = HOST + 14  # steps whose drafting began: the batch is put together
+DRAFT_DECODES = HOST + 15  # of the MTP context
+DRAFT_OUTPUTS = HOST + 16
+DRAFT_RESHAPES = HOST + 17
+KV_DRAFT = HOST + 18
+AHEADS = HOST + 19  # prompts caught up as they were read
+AHEAD_ROWS = HOST + 20
+ROWS = HOST + 21  # stretches of target rows
+KNOTS = np.array([*range(8), *range(8, 16, 2), *range(16, 32, 4), *range(32, 64, 8), 64, 80, 96, 128, 160, 192, 256])
+N_KNOTS = len(KNOTS)
+DRAFT_ROWS = ROWS + N_KNOTS  # stretches of MTP rows
+N_COUNTS = DRAFT_ROWS + N_KNOTS
+
+FREE = -1
+
+
+def params_of(row):
+    """The policy's parameters from their numbers, float64 ``[n_params]``."""
+    return Params()
+
+
+def stretch(counts, at, rows):
+    """Add a batch of ``rows`` to the stretches of ``counts`` from ``at`` on; the last one has no end."""
+    for i in range(N_KNOTS):
+        if rows <= KNOTS[i]:
+            break
+        end = KNOTS[i + 1] if i + 1 < N_KNOTS else rows
+        counts[at + i] += min(rows, end) - KNOTS[i]
+
+
+def book_pass(counts, rows, seqs, cells, shape, before, mtp):
+    """One pass of the target over ``rows`` rows of ``seqs`` sequences with ``cells`` cells each; its shape."""
+    counts[BATCHES] += 1
+    counts[BATCHES_MTP] += mtp
+    counts[ROWS_MTP] += rows * mtp
+    counts[RESHAPES] += shape != before
+    counts[KV] += cells * seqs
+    counts[KV_ROWS] += cells * rows
+    stretch(counts, ROWS, rows)
+    return shape
+
+
+def book_target(counts, rows, past, n_prompt, n_read, n_ubatch, unified, mtp, before):
+    """The target's part of one step; returns the shape of its last pass, ``before`` being that of the last one.
+
+    ``rows`` int64 ``[n_slots]``: of each slot that generates, 0 elsewhere; ``past``: tokens it has in memory.
+    ``n_prompt``: rows of prompts, ``n_read``: those read before. In one memory (``unified``) a batch is one pass.
+    Otherwise every pass takes equally many rows of neighbouring slots: llama.cpp, src/llama-batch.cpp, split_equal.
+    Prompts' rows, whose slots a trace does not tell, count as a pass of their own there.
+    """
+    n = 0
+    tokens = n_prompt + n_read
+    for s in range(len(rows)):
+        n += rows[s]
+        tokens += rows[s] + past[s] * (rows[s] > 0)
+    counts[OUTPUTS] += n
+    if unified:
+        left = n + n_prompt
+        while left > 0:
+            size = min(left, n_ubatch)
+            before = book_pass(counts, size, 1, n_kv(tokens), size, before, mtp)
+            left -= size
+        return before
+    left_of = rows.copy()
+    while n > 0:
+        first, seqs, last, least, longest = -1, 0, -1, 0, 0
+        for s in range(len(rows)):
+            if left_of[s] > 0 and (seqs == 0 or s == last + 1):
+                first = s if seqs == 0 else first
+                least = left_of[s] if seqs == 0 else min(least, left_of[s])
+                longest = max(longest, past[s] + rows[s])
+                last = s
+                seqs += 1
+        each = min(least, max(1, n_ubatch // seqs))
+        for s in range(first, last + 1):
+            left_of[s] -= each
+        n -= seqs * each
+        shape = (first * len(rows) + seqs) * 65536 + each
+        before = book_pass(counts, seqs * each, seqs, n_kv(longest), shape, before, mtp)
+    while n_prompt > 0:
+        size = min(n_prompt, n_ubatch)
+        before = book_pass(counts, size, 1, n_kv(n_read + n_prompt), -size, before, mtp)
+        n_prompt -= size
+    return before
+
+
+def book_drafts(counts, decodes, n_rows, n_tokens, before):
+    """The drafter's part of one step; returns the rows of its last decode, ``before`` being those of the last one.
+
+    ``decodes`` int64 ``[n_slots]``: how many each slot took part in; ``n_rows``: of the first of them, caught up rows
+    included; ``n_tokens``: in memory, over the slots that generate.
+    """
+    drafters, most = 0, 0
+    for s in range(len(decodes)):
+        drafters += decodes[s] > 0
+        most = max(most, decodes[s])
+    if drafters == 0:
+        return before
+    counts[HOST_ROUNDS] += 1
+    counts[HOST_DRAFTERS] += drafters
+    counts[DRAFT_FIRSTS] += 1
+    size = n_rows
+    for j in range(most):
+        going = 0
+        for s in range(len(decodes)):
+            going += decodes[s] > j
+        size = n_rows if j == 0 else going
+        counts[DRAFT_DECODES] += 1
+        counts[DRAFT_OUTPUTS] += going
+        counts[DRAFT_RESHAPES] += size != before
+        counts[KV_DRAFT] += n_kv(n_tokens)
+        stretch(counts, DRAFT_ROWS, size)
+        before = size
+    return before
+
+
+def book_ahead(counts, rows, finished):
+    """``rows`` caught up ahead of a draft, mostly prompts' as they were read, because the policy drafts right after
+    them; ``finished``: prompts that this step read to their end. Returns the rows: those of the drafter's last decode.
+    """
+    counts[AHEADS] += max(1, finished)
+    counts[AHEAD_ROWS] += rows
+    return rows
+
+
+def book_host(counts, n_generating, emitted, mtp):
+    """What a step takes beside decoding."""
+    counts[HOST] += 1
+    counts[HOST_SLOTS] += n_generating
+    counts[HOST_TOKENS] += emitted
+    counts[HOST_MTP] += mtp
+    counts[HOST_MTP_SLOTS] += n_generating * mtp
+
+
+def drafts_of(asked, room, p_min, probs, n_max):
+    """``(drafted, decodes, blind)`` for a wish of ``asked`` drafts at a position with draft probabilities ``probs``:
+    drafting stops below ``p_min``; ``blind``: the trace does not tell where.
+    """
+    n = min(asked, room)
+    if n <= 0:
+        return 0, 0, False
+    blind = n > n_max
+    n = min(n, n_max)
+    if p_min <= 0.0:
+        return n, n, blind
+    drafted = 0
+    while drafted < n and (probs[drafted] >= p_min or probs[drafted] < 0.0):
+        blind |= probs[drafted] < 0.0
+        drafted += 1
+    return drafted, min(drafted + 1, n), blind
+
+
+def run_queue(params, is_shared, sizes, arrays, counts, rounds):
+    """Every request under one policy, in order, over all slots; fills ``counts`` (zeroed, ``[n_requests, N_COUNTS]``).
+
+    ``sizes``: slots, most rows of a batch, most of a pass, whether the slots share one memory, and requests of a wave:
+    a wave waits for the one before to end. ``rounds`` int16 ``[n_positions, 2]`` gets ``(drafted, accepted)`` of every
+    step of each request from its first position on, or is empty.
+    """
+    n_slots, n_batch, n_ubatch, unified, wave = sizes
+    first, n_generated, n_prompt, max_tokens, n_ctx, match, known, probs = arrays
+    n_max = probs.shape[1]
+    common = begin(params)
+    states = [begin(params) for _ in range(n_slots)]
+    nows = [Now(0, 0, 0, 0) for _ in range(n_slots)]
+    request = np.full(n_slots, FREE)
+    generated, past, behind = np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64)
+    asked, drafted, accepted = np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64)
+    emitted, decodes, rows = np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64)
+    chunk, done_steps = np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64)
+    over, ahead = np.zeros(n_slots, np.bool_), np.zeros(n_slots, np.bool_)
+    of_step = np.zeros(N_COUNTS)
+    shape = draft_rows = -1
+    waiting, admitted, n_left = 0, 0, len(first)
+    while n_left > 0:
+        of_step[:] = 0.0
+        if n_left == len(first) - waiting:  # nobody is served
+            admitted = min(len(first), waiting + wave)
+        n_active = n_occupied = 0
+        for s in range(n_slots):
+            if request[s] == FREE and waiting < admitted:
+                r = request[s] = waiting
+                waiting += 1
+                generated[s] = past[s] = asked[s] = done_steps[s] = 0
+                behind[s] = 1  # the row before the first position
+                states[s] = common if is_shared else begin(params)
+                wish, p_min = decide(params, states[s], Now(1, n_prompt[r], max_tokens[r] - 1, 1))
+                over[s], ahead[s] = wish < 0, wish > 0
+            n_occupied += request[s] != FREE
+            n_active += request[s] != FREE and generated[s] > 0
+        n_rows = n_tokens = 0
+        mtp = False
+        for s in range(n_slots):  # decide and draft
+            rows[s] = decodes[s] = drafted[s] = accepted[s] = 0
+            r = request[s]
+            if r == FREE:
+                continue
+            if generated[s] == 0:
+                mtp |= not over[s]
+                continue
+            n_tokens += past[s]
+            wish, p_min = 0, 0.0
+            position = first[r] + generated[s] - 1
+            if not over[s]:
+                if is_shared:
+                    states[s] = common
+                nows[s] = Now(generated[s], past[s], max_tokens[r] - generated[s], n_active)
+                wish, p_min = decide(params, states[s], nows[s])
+                if wish < 0:
+                    over[s] = True
+                    wish = 0
+            mtp |= not over[s]
+            counts[r, TRIPS] += wish == 0 and asked[s] > 0
+            asked[s] = wish
+            room = max(0, min(n_ctx[r] - past[s] - 2, max_tokens[r] - generated[s] - 1))
+            drafted[s], decodes[s], blind = drafts_of(wish, room, p_min, probs[position], n_max)
+            if decodes[s] > 0:
+                accepted[s] = min(drafted[s], int(match[position]))
+                counts[r, INEXACT] += blind or drafted[s] > known[position]
+                n_rows += behind[s]
+                behind[s] = 0
+            rows[s] = 1 + drafted[s]
+        if n_rows > n_batch:  # too much for one batch: all but the last row of each slot goes ahead
+            drafters = np.sum(decodes > 0)
+            book_ahead(of_step, n_rows - drafters, drafters)
+            n_rows = drafters
+        draft_rows = book_drafts(of_step, decodes, n_rows, n_tokens, draft_rows)
+        free_rows = n_batch
+        for s in range(n_slots):
+            free_rows -= rows[s]
+        n_read = prompt_rows = 0
+        for s in range(n_slots):  # what of the prompts fits beside the slots that generate
+            chunk[s] = 0
+            if request[s] != FREE and generated[s] == 0:
+                n_read += past[s]
+                chunk[s] = min(free_rows, n_prompt[request[s]] - past[s])
+                free_rows -= chunk[s]
+                prompt_rows += chunk[s]
+        shape = book_target(of_step, rows, past, prompt_rows, n_read, n_ubatch, unified, mtp, shape)
+        n_emitted = ahead_rows = finished = 0
+        for s in range(n_slots):  # verify, read, learn
+            r = request[s]
+            if chunk[s] > 0:
+                past[s] += chunk[s]
+                behind[s] += chunk[s]
+                if ahead[s]:
+                    ahead_rows += behind[s] - 1
+                    behind[s] = 1
+                generated[s] = past[s] == n_prompt[r]
+                finished += generated[s]
+                continue
+            if rows[s] == 0:
+                continue
+            emitted[s] = min(accepted[s] + 1, n_generated[r] - generated[s])
+            n_emitted += emitted[s]
+            if not over[s]:
+                if is_shared:
+                    states[s] = common
+                seen = Outcome(asked[s], drafted[s], accepted[s], emitted[s])
+                states[s] = learn(params, states[s], nows[s], seen)
+                if is_shared:
+                    common = states[s]
+            counts[r, STEPS] += 1
+            counts[r, VERIFICATIONS] += drafted[s] > 0
+            counts[r, DRAFTED] += drafted[s]
+            counts[r, ACCEPTED] += accepted[s]
+            counts[r, TOKENS] += emitted[s]
+            if len(rounds):
+                rounds[first[r] + done_steps[s], 0], rounds[first[r] + done_steps[s], 1] = drafted[s], accepted[s]
+                done_steps[s] += 1
+            generated[s] += emitted[s]
+            past[s] += emitted[s]
+            behind[s] += emitted[s]
+        if ahead_rows > 0:
+            draft_rows = book_ahead(of_step, ahead_rows, finished)
+        book_host(of_step, n_active, n_emitted, mtp)
+        for s in range(n_slots):
+            r = request[s]
+            if r == FREE:
+                continue
+            for i in range(N_SCALARS, N_COUNTS):
+                counts[r, i] += of_step[i] / n_occupied
+            if generated[s] >= n_generated[r]:
+                request[s] = FREE
+                n_left -= 1
+
+
+def walk_all(rows, shared, sizes, arrays, out, rounds):
+    """Every policy: ``out`` float64 ``[n_policies, n_requests, N_COUNTS]``; the rest as in
+    :func:`tracekit.replay.kernel.walk_all` and :func:`run_queue`.
+    """
+    out[:] = 0.0
+    for k in range(len(rows)):
+        run_queue(params_of(rows[k]), shared[k], sizes, arrays, out[k], rounds)
+
+
+def book_steps(starts, slots, n_past, prompts, drafts, sizes, counts):
+    """A recorded run's steps, counted as the walk counts them: ``counts`` float64 ``[n_steps, N_COUNTS]`` (zeroed).
+
+    Step ``i`` has the rows ``starts[i]`` to ``starts[i + 1]`` of ``slots``, int64: slot, target rows, tokens in memory,
+    MTP decodes, tokens emitted. ``prompts`` int64 ``[n_steps, 4]``: rows of prompts, rows read before, rows caught up
+    while they were read, and prompts finished. ``drafts`` int64 ``[n_steps, 3]``: rows of the first MTP decode, whether
+    hidden states were extracted, whether the step is a run's first.
+    """
+    n_slots, _, n_ubatch, unified, _ = sizes
+    shape = draft_rows = -1
+    for i in range(len(counts)):
+        of_step = counts[i]
+        rows, past, decodes = np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64)
+        emitted = 0
+        for j in range(starts[i], starts[i + 1]):
+            s = slots[j, 0]
+            rows[s], past[s], decodes[s] = slots[j, 1], slots[j, 2], slots[j, 3]
+            emitted += slots[j, 4]
+        if drafts[i, 2]:
+            shape = draft_rows = -1
+        mtp = drafts[i, 1] > 0
+        draft_rows = book_drafts(of_step, decodes, drafts[i, 0], n_past[i], draft_rows)
+        shape = book_target(of_step, rows, past, prompts[i, 0], prompts[i, 1], n_ubatch, unified, mtp, shape)
+        if prompts[i, 2] > 0:
+            draft_rows = book_ahead(of_step, prompts[i, 2], prompts[i, 3])
+        book_host(of_step, starts[i + 1] - starts[i], emitted, mtp)

@@ -1,0 +1,245 @@
+"""What steps of several slots cost, fitted from a trace's timings: prices for the counts of
+:mod:`tracekit.replay.lockstep`.
+
+Every measured part of a step (target, drafting, prompts' catch-up, the rest) is a sum of its counts times prices that
+are not negative: a price per row that may change at the knots, so that time never falls with rows, and prices for
+what happens beside. Non-negative least squares finds them, on relative errors, far-off measurements pulled in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+from scipy.linalg import solve_triangular
+from scipy.optimize import nnls
+
+from tracekit.errors import TracekitError
+from tracekit.policy.rule import rule
+from tracekit.replay import link, lockstep
+from tracekit.replay.costs import N_BOOT, CostModel
+from tracekit.replay.robust import LEAST
+from tracekit.trace.store import TraceFile
+
+Sizes = tuple[int, int, int, bool, int]  # tracekit.replay.serving.Serving.sizes
+_ROWS = np.arange(lockstep.ROWS, lockstep.DRAFT_ROWS)
+_DRAFT_ROWS = np.arange(lockstep.DRAFT_ROWS, lockstep.N_COUNTS)
+_PARTS = {  # what was measured, and the counts it is made of
+    "target": np.r_[lockstep.BATCHES : lockstep.DRAFT_FIRSTS, _ROWS],
+    "draft": np.r_[lockstep.DRAFT_FIRSTS : lockstep.AHEADS, _DRAFT_ROWS],
+    "catchup": np.array([lockstep.AHEADS, lockstep.AHEAD_ROWS]),
+    "host": np.arange(lockstep.HOST, lockstep.BATCHES),
+}
+
+
+def fit(trace: TraceFile, n_max: int, sizes: Sizes, n_boot: int = N_BOOT, seed: int = 0) -> CostModel:
+    """The cost model of ``trace`` for several slots, from all of its steps. Raises :class:`TracekitError` where
+    something that is needed was never measured.
+    """
+    steps = _Steps.read(trace, n_max, sizes)
+    slowness = np.ones(steps.block.max() + 1)
+    for _ in range(3):
+        fitted = steps.slowed(1 / slowness).grams()
+        prices = _prices([g.sum(0) for g in fitted], steps)
+        ratio = steps.wall / (steps.counts @ prices)
+        for b in range(len(slowness)):
+            here = ratio[steps.block == b]
+            slowness[b] = np.median(here) if len(here) >= 4 * LEAST else 1.0
+        slowness /= slowness[steps.block].mean()
+    ratio /= slowness[steps.block]
+    rng, boot = np.random.default_rng(seed), []
+    of_block = np.bincount(steps.block, minlength=len(slowness))
+    for _ in range(n_boot):
+        times = np.bincount(rng.integers(0, len(slowness), len(slowness)), minlength=len(slowness))
+        level = (times * of_block * slowness).sum() / (times * of_block).sum()
+        boot.append(level * _prices([np.tensordot(times, g, 1) for g in fitted], steps))
+    boot = np.array(boot)
+    return CostModel(
+        n_max=n_max,
+        prices=prices,
+        no_mtp=prices,
+        boot=boot,
+        boot_no_mtp=boot,
+        cells=steps.cells(),
+        spread_ratio=float(np.median(np.abs(ratio - np.median(ratio)))),
+        n_steps=len(steps.wall),
+    )
+
+
+def recorded_counts(trace: TraceFile, sizes: Sizes) -> np.ndarray:
+    """What a walk would have counted of every recorded step: float64 ``[n_steps, N_COUNTS]``."""
+    return _counts(*_read(trace, sizes[0]), sizes)
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """The recorded steps: their counts (float64 ``[n, N_COUNTS]``), the block each belongs to (consecutive requests of
+    the same prompts: close together in time), and what was measured (float64 ``[n]``, microseconds).
+    """
+
+    frame: pl.DataFrame
+    counts: np.ndarray
+    block: np.ndarray
+    measured: dict[str, np.ndarray]
+
+    @classmethod
+    def read(cls, trace: TraceFile, n_max: int, sizes: Sizes) -> _Steps:
+        n_slots, unified = sizes[0], sizes[3]
+        frame, slots = _read(trace, n_slots)
+        recorded = trace.runs["settings"].str.json_path_match("$.kv_unified") == "true"
+        if (recorded.fill_null(False) != unified).any():
+            raise TracekitError(
+                f"{trace.path}: mixes runs with --kv-unified and without, whose steps of several slots cost differently"
+            )
+        calibration = (trace.runs["mode"] == "calibration").all()
+        advice = f"calibrate with {n_slots} among --slots" if calibration else f"record with --parallel {n_slots}"
+        full = frame.filter((pl.col("n_slots") == n_slots) & (pl.col("n_prompt") == 0))
+        widest = full["n_tokens"].max() or 0
+        if full.height < LEAST:
+            raise TracekitError(f"{trace.path}: fewer than {LEAST} steps of {n_slots} slots at once; {advice}")
+        if 2 * widest < n_slots * (n_max + 1):
+            raise TracekitError(
+                f"{trace.path}: its widest step of {n_slots} slots has {widest} tokens, {n_slots * (n_max + 1)} are "
+                f"wanted; {advice} and --n-max {n_max}"
+            )
+        if (frame["n_draft_decodes"] > 0).sum() < LEAST:
+            raise TracekitError(f"{trace.path}: fewer than {LEAST} of its steps drafted; {advice}")
+        if (~full["mtp"]).sum() < LEAST:
+            missing = advice if calibration else "record with --baseline"
+            raise TracekitError(f"{trace.path}: no baseline of {n_slots} slots without MTP was recorded; {missing}")
+        times = {name: frame[f"{name}_us"].to_numpy().astype(float) for name in ("target", "draft", "catchup", "wall")}
+        times["host"] = times["wall"] - times["target"] - times["draft"] - times["catchup"]
+        return cls(frame, _counts(frame, slots, sizes), frame["block"].to_numpy(), times)
+
+    @property
+    def wall(self) -> np.ndarray:
+        """Whole steps."""
+        return self.measured["wall"]
+
+    def slowed(self, by: np.ndarray) -> _Steps:
+        """All times multiplied by ``by``, float64 ``[n_blocks]``."""
+        times = {name: time * by[self.block] for name, time in self.measured.items()}
+        return _Steps(self.frame, self.counts, self.block, times)
+
+    def grams(self) -> list[np.ndarray]:
+        """For every part the products that least squares needs, of each block: float64 ``[n_blocks, n + 1, n]``,
+        ``X'X`` and, last, ``X'y``, in relative errors.
+        """
+        return [self._gram(part, columns) for part, columns in _PARTS.items()]
+
+    def _gram(self, part: str, columns: np.ndarray) -> np.ndarray:
+        x, y = self.counts[:, columns], self.measured[part]
+        here = x.any(1)
+        x, y, block = x[here], y[here], self.block[here]
+        out = np.zeros((int(self.block.max()) + 1, len(columns) + 1, len(columns)))
+        if not len(y):
+            return out
+        fitted, pulled = np.full(len(y), np.median(y)), y
+        for _ in range(4):
+            w = 1 / np.maximum(fitted, 1e-3 * np.median(y) + 1e-9)
+            weighted, aim = x * w[:, None], pulled * w
+            fitted = x @ _solve(np.vstack((weighted.T @ weighted, aim @ weighted)))
+            ratio = y / np.maximum(fitted, 1e-9)
+            middle = np.median(ratio)
+            reach = 8 * np.median(np.abs(ratio - middle)) + 1e-9
+            pulled = fitted * np.clip(ratio, middle - reach, middle + reach)
+        for b in np.unique(block):
+            rows = block == b
+            out[b, :-1], out[b, -1] = weighted[rows].T @ weighted[rows], aim[rows] @ weighted[rows]
+        return out
+
+    def cells(self) -> pl.DataFrame:
+        """How often each number of target rows and of rows caught up was measured, with its plain median time."""
+        plain = self.frame.filter(pl.col("n_prompt") == 0)
+        parts = (
+            ("no MTP", plain.filter(~pl.col("mtp")), "n_tokens", "target_us"),
+            ("target rows", plain.filter("mtp"), "n_tokens", "target_us"),
+            ("catch-up rows", plain.filter(pl.col("n_draft_decodes") > 0), "n_catchup", "first_draft_us"),
+        )
+        frames = [
+            of.group_by(pl.col(size).alias("size").cast(pl.Int64))
+            .agg(n=pl.len(), median_us=pl.col(time).cast(pl.Float64).median())
+            .sort("size")
+            .select(pl.lit(what).alias("cost"), "size", "n", "median_us")
+            for what, of, size, time in parts
+        ]
+        return pl.concat(frames)
+
+
+def _read(trace: TraceFile, n_slots: int) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Steps in order, and the generating slots of each; steps whose slots are not all known are left out."""
+    slots = trace.frame(
+        """SELECT run, step, slot, n_drafted + 1 AS rows, n_prompt + n_generated - 1 AS past, n_decodes,
+                  len(tokens)::INT AS emitted
+           FROM verifications JOIN requests USING (run, request) WHERE n_generated > 0 ORDER BY run, step, slot"""
+    )
+    frame = trace.frame(
+        """WITH firsts AS (SELECT run, prompt_id, min(request) AS first FROM requests GROUP BY ALL),
+               ranks AS (SELECT run, prompt_id, row_number() OVER (ORDER BY run, first) - 1 AS rank FROM firsts),
+               of_request AS (SELECT run, request, rank, n_prompt FROM requests JOIN ranks USING (run, prompt_id)),
+               started AS (
+                   SELECT run, step, count(*) AS n, sum(n_prompt) AS read
+                   FROM verifications JOIN of_request USING (run, request) WHERE n_generated = 0 GROUP BY ALL),
+               served AS (
+                   SELECT run, step, min(rank) AS rank, count(*) FILTER (n_generated > 0) AS known
+                   FROM verifications JOIN of_request USING (run, request) GROUP BY ALL)
+           SELECT s.*, coalesce(started.n, 0) AS n_started, served.rank, coalesce(served.known, 0) AS known,
+                  sum(s.n_prompt) OVER so_far - s.n_prompt - coalesce(sum(started.read) OVER before, 0) AS n_read
+           FROM steps s LEFT JOIN started USING (run, step) LEFT JOIN served USING (run, step)
+           WINDOW so_far AS (PARTITION BY s.run ORDER BY s.step ROWS UNBOUNDED PRECEDING),
+                  before AS (PARTITION BY s.run ORDER BY s.step ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING)
+           ORDER BY s.run, s.step"""
+    )
+    together = 1 if (trace.runs["mode"] == "calibration").all() else n_slots  # prompts of one block
+    frame = frame.with_columns(
+        block=(pl.col("rank").backward_fill().forward_fill() // together).cast(pl.Int64),
+        first=pl.col("run") != pl.col("run").shift(1, fill_value=-1),
+    ).filter(pl.col("known") == pl.col("n_slots"))
+    frame = frame.with_columns(pl.col("block").rank("dense").cast(pl.Int64) - 1)
+    return frame, slots.join(frame.select("run", "step"), on=["run", "step"], how="semi", maintain_order="left")
+
+
+def _counts(frame: pl.DataFrame, slots: pl.DataFrame, sizes: Sizes) -> np.ndarray:
+    most = max(sizes[0], int(slots["slot"].max()) + 1)
+
+    def whole(of: pl.DataFrame, *columns: str) -> np.ndarray:
+        return np.ascontiguousarray(of.select(pl.col(columns).cast(pl.Int64)).to_numpy())
+
+    counts = np.zeros((frame.height, lockstep.N_COUNTS))
+    link.compiled_module(rule("off"), lockstep).book_steps(
+        np.concatenate(([0], np.cumsum(frame["n_slots"].to_numpy().astype(np.int64)))),
+        whole(slots, "slot", "rows", "past", "n_decodes", "emitted"),
+        whole(frame, "n_past")[:, 0],
+        whole(frame, "n_prompt", "n_read", "n_ahead", "n_started"),
+        whole(frame, "n_catchup", "mtp", "first"),
+        (most, *sizes[1:]),
+        counts,
+    )
+    return counts
+
+
+def _solve(gram: np.ndarray) -> np.ndarray:
+    """Prices, none negative, from the products of one part: float64 ``[n + 1, n]``."""
+    products, aim = gram[:-1], gram[-1]
+    used = products.diagonal() > 0
+    out = np.zeros(len(aim))
+    if used.any():
+        scale = np.sqrt(products.diagonal()[used])
+        scaled = products[np.ix_(used, used)] / scale[:, None] / scale
+        root = np.linalg.cholesky(scaled + 1e-9 * np.eye(len(scale)))
+        out[used] = nnls(root.T, solve_triangular(root, aim[used] / scale, lower=True))[0] / scale
+    return out
+
+
+def _prices(grams: list[np.ndarray], steps: _Steps) -> np.ndarray:
+    """Prices of all counts from the products of all parts. Stretches of rows beyond the longest batches measured cost
+    as much per row as the last one measured does, and the drafter's as much as its prompts' rows.
+    """
+    prices = np.zeros(lockstep.N_COUNTS)
+    for gram, columns in zip(grams, _PARTS.values(), strict=True):
+        prices[columns] = _solve(gram)
+    for stretches in (_ROWS, _DRAFT_ROWS):
+        last = np.flatnonzero((steps.counts[:, stretches] > 0).sum(0) >= LEAST)[-1]
+        prices[stretches[last + 1 :]] = prices[stretches[last] if stretches is _ROWS else lockstep.AHEAD_ROWS]
+    return prices

@@ -1,0 +1,92 @@
+"""How a trace's requests are served: one at a time, or over several slots at once; and what follows from that."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tracekit.errors import TracekitError
+from tracekit.policy.rule import Policy
+from tracekit.replay import costs, kernel, lockstep, lockstep_costs, simulate
+from tracekit.replay.arrays import Positions
+from tracekit.replay.costs import CostModel
+from tracekit.trace.store import TraceFile
+
+
+@dataclass(frozen=True)
+class Serving:
+    """``n_slots`` slots, batches of at most ``n_batch`` tokens in passes of ``n_ubatch``, one memory for all slots or
+    not (the engine's settings of these names).
+
+    With one slot a request's time is that of its generation. With several, requests queue in the trace's order, all
+    from the start or in waves of ``wave`` requests, each when the one before has ended; and a request's time is its
+    share of the machine from its prompt to its end: shares add up to the whole run, prompts included.
+    """
+
+    n_slots: int = 1
+    n_batch: int = 512
+    n_ubatch: int = 512
+    kv_unified: bool = False
+    wave: int | None = None
+
+    @classmethod
+    def of(cls, trace: TraceFile, n_slots: int | None = None, wave: int | None = None) -> Serving:
+        """As ``trace`` was recorded, or with ``n_slots`` slots. Raises :class:`TracekitError` for fewer than one."""
+        if n_slots is not None and n_slots < 1:
+            raise TracekitError(f"--parallel {n_slots}: 1 or more")
+        last = json.loads(trace.runs["settings"][-1])
+        most = n_slots or last["n_slots"]
+        return cls(most, last["n_batch"], last["n_ubatch"], last.get("kv_unified", False) and most > 1, wave)
+
+    @property
+    def sizes(self) -> lockstep_costs.Sizes:
+        """What the simulator takes."""
+        return self.n_slots, self.n_batch, self.n_ubatch, self.kv_unified, self.wave or 1 << 62
+
+    def fit(self, trace: TraceFile, n_max: int) -> CostModel:
+        """What things cost when served like this, for drafts of up to ``n_max`` tokens, from the times in ``trace``.
+        Raises :class:`TracekitError` where they do not tell.
+        """
+        return costs.fit(trace, n_max) if self.n_slots == 1 else lockstep_costs.fit(trace, n_max, self.sizes)
+
+    def tokens(self, positions: Positions) -> np.ndarray:
+        """Tokens of each request that its time brings, float64 ``[n_requests]``."""
+        return (positions.n_generated - (self.n_slots == 1)).astype(float)
+
+    def counts(self, policies: Sequence[Policy], positions: Positions) -> np.ndarray:
+        """Everything a :class:`CostModel` of :meth:`fit` prices: ``[n_policies, n_requests, n_counts]``, scalars as in
+        :mod:`tracekit.replay.kernel` first. Raises :class:`TracekitError` for a policy the trace cannot answer.
+        """
+        if self.n_slots == 1:
+            return simulate.counts(policies, positions)
+        out = np.empty((len(policies), positions.n_requests, lockstep.N_COUNTS))
+        nothing = np.zeros((0, 2), np.int16)
+        for run, chosen, rows, shared in simulate.by_rule(policies, positions, out[0].nbytes, lockstep):
+            part = np.empty((len(chosen), *out.shape[1:]))
+            run(rows, shared, self.sizes, simulate.arrays_of(positions), part, nothing)
+            out[chosen] = part
+        return out
+
+    def times(self, policies: Sequence[Policy], positions: Positions, prices: np.ndarray) -> np.ndarray:
+        """Microseconds of every request under every policy, float64 ``[n_policies, n_requests]``; raises as
+        :meth:`counts`.
+        """
+        if self.n_slots == 1:
+            return simulate.totals(policies, positions, prices)[:, :, kernel.N_SCALARS]
+        return self.counts(policies, positions) @ prices
+
+    def rounds(self, policy: Policy, positions: Positions) -> list[list[tuple[int, int]]]:
+        """``(drafted, accepted)`` of every step of every request: what the engine's ``Completion.rounds`` will be."""
+        if self.n_slots == 1:
+            return simulate.rounds(policy, positions)
+        found = np.zeros((len(positions.match), 2), np.int16)
+        ((run, _, rows, shared),) = simulate.by_rule([policy], positions, 1, lockstep)
+        out = np.empty((1, positions.n_requests, lockstep.N_COUNTS))
+        run(rows, shared, self.sizes, simulate.arrays_of(positions), out, found)
+        steps = out[0, :, lockstep.STEPS].astype(int)
+        return [
+            list(map(tuple, found[start : start + n].tolist())) for start, n in zip(positions.first, steps, strict=True)
+        ]

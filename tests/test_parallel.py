@@ -170,6 +170,7 @@ def test_prices_are_found_again(several):
     rng = np.random.default_rng(0)
     prices = np.r_[np.zeros(lockstep.HOST), rng.uniform(10, 50, lockstep.N_COUNTS - lockstep.HOST)]
     prices[[lockstep.KV, lockstep.KV_ROWS, lockstep.KV_DRAFT]] = rng.uniform(0, 0.01, 3)
+    prices = prices[steps.alike]
     made = {part: steps.counts[:, columns] @ prices[columns] for part, columns in lockstep_costs._PARTS.items()}
     steps = replace(steps, measured=made | {"wall": sum(made.values())})
     found = lockstep_costs._prices([g.sum(0) for g in steps.grams()], steps)

@@ -1,7 +1,7 @@
 """Predicted against live: the loop closes, or shows where it does not.
 
-Every prompt is probed and then, at once, run live under every arm, in random order and several times over: a machine
-that drifts drifts for prediction and measurement alike. Replaying the probes predicts each arm's steps and its speed.
+Every prompt is probed amid live runs of it under every arm, in random order and several times over: a machine that
+drifts drifts for prediction and measurement alike. Replaying the probes predicts each arm's steps and its speed.
 Over several slots it is a wave of prompts that is probed and run at once.
 """
 
@@ -20,7 +20,7 @@ import polars as pl
 from scipy.stats import kendalltau
 
 from tracekit.engine import Completion, Engine, Probe, Request, Settings
-from tracekit.engine.record import record
+from tracekit.engine.record import record, wave_of
 from tracekit.errors import TracekitError
 from tracekit.policy.rule import Policy, rule
 from tracekit.replay.league import League
@@ -155,17 +155,15 @@ def verify(
     requests = rng.sample(list(requests), len(requests))
     with tempfile.TemporaryDirectory(prefix="tracekit-") as folder:
         path, probe = Path(folder) / "probe.duckdb", Probe(settings.n_max, seed)
-        with (
-            Engine(model, None, settings, draft_model, trace=path, probe=probe) as prober,
-            Engine(model, None, settings, draft_model) as live,
-        ):
-            wave = 1 if n_slots == 1 else 2 * n_slots
+        with Engine(model, None, settings, draft_model, trace=path, probe=probe) as engine:
+            wave = wave_of(n_slots)
             for start in range(0, n, wave):
                 chosen = range(start, min(start + wave, n))
-                record(prober, [requests[r] for r in chosen], baseline=True, turn=start // n_slots)
                 for repeat in range(repeats):
+                    if repeat == repeats // 2:  # in the middle, for the machine drifts
+                        record(engine, [requests[r] for r in chosen], baseline=True, turn=start // wave)
                     for a in rng.sample(range(len(arms)), len(arms)):
-                        done = _run(live, [requests[r] for r in chosen], arms[a].policy)
+                        done = _run(engine, [requests[r] for r in chosen], arms[a].policy)
                         times_us = [done[0].speculated_us] if n_slots == 1 else _shares_us(done)
                         runs |= {(a, r, repeat): run for r, *run in zip(chosen, done, times_us, strict=True)}
                         if progress:
@@ -175,8 +173,8 @@ def verify(
 
 
 def _run(engine: Engine, requests: Sequence[Request], policy: Policy | None) -> list[Completion]:
-    """Serve ``requests``; their completions, in order."""
-    engine.set_arm(mtp=policy is not None)
+    """Serve ``requests``, unrecorded; their completions, in order."""
+    engine.set_arm(mtp=policy is not None, recording=False)
     done = engine.run([replace(r, policy=policy or rule("off")()) for r in requests])
     return sorted(done, key=lambda completion: completion.number)
 

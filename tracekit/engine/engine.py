@@ -144,12 +144,12 @@ class Engine:
         """Whether drafting is possible now."""
         return self._loop.mtp
 
-    def set_arm(self, mtp: bool = True, probing: bool = False) -> None:
-        """Between requests, switch MTP off (the baseline: hidden states are not even extracted) or on, and probing
-        with it.
+    def set_arm(self, mtp: bool = True, probing: bool = False, recording: bool = True) -> None:
+        """Between requests, switch MTP off (the baseline: hidden states are not even extracted) or on, probing with it,
+        and recording.
 
-        ``probing`` is for engines made with a probe; elsewhere it changes nothing. Raises :class:`TracekitError` with
-        requests under way.
+        ``probing`` is for engines made with a probe, ``recording`` for those with a trace; elsewhere they change
+        nothing. Raises :class:`TracekitError` with requests under way.
         """
         if not self.idle:
             raise TracekitError("MTP and probing can be switched only with no request under way")
@@ -157,6 +157,7 @@ class Engine:
             raise TracekitError("the engine was started without MTP")
         self._loop.mtp = mtp
         self._loop.probe = self._probe if probing and mtp else None
+        self._loop.observer = self.recorder if recording else None
 
     @property
     def idle(self) -> bool:

@@ -2,7 +2,8 @@
 
 A probe recording serves every prompt several times, a few tokens each but for the probe itself: without MTP (the
 baseline), with MTP idle, and with a fixed draft length (what live steps cost). The arms of a prompt follow each
-other, so that a machine that slows down slows all of them.
+other, so that a machine that slows down slows all of them. Over several slots the arms serve a wave of prompts, two for
+each slot, so that prompts are read beside generation and slots run empty, as they do in serving.
 """
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ def as_requests(prompts: Sequence[_Prompt], max_tokens: int, temp: float, seed: 
     ]
 
 
+def wave_of(n_slots: int) -> int:
+    """Prompts that are served together: one at a time on one slot, two for each of several."""
+    return 1 if n_slots == 1 else 2 * n_slots
+
+
 def record(
     engine: Engine,
     requests: Sequence[Request],
@@ -48,7 +54,7 @@ def record(
     ``baseline`` adds the arms without MTP, idle, and with a fixed draft length (1, 2, 4, ... taking turns, from the
     ``turn``-th on), of at most 48 tokens each. ``progress(done, total)`` counts tokens.
     """
-    n_slots, n_max = engine.settings.n_slots, engine.settings.n_max
+    n_max, wave = engine.settings.n_max, wave_of(engine.settings.n_slots)
     lengths = [1 << i for i in range(n_max.bit_length())] or [0]
     short = [replace(r, max_tokens=min(r.max_tokens, BASELINE_TOKENS), arm="calibration") for r in requests]
     per_prompt = sum(r.max_tokens for r in requests) + (3 * sum(r.max_tokens for r in short) if baseline else 0)
@@ -60,12 +66,12 @@ def record(
     if baseline:
         # categories must not meet the machine's moods one after the other
         random.Random(0).shuffle(order)
-    for start in range(0, len(requests), n_slots):
-        group = [requests[i] for i in order[start : start + n_slots]]
-        briefly = [short[i] for i in order[start : start + n_slots]]
+    for start in range(0, len(requests), wave):
+        group = [requests[i] for i in order[start : start + wave]]
+        briefly = [short[i] for i in order[start : start + wave]]
         arms: list[tuple[str, list[Request]]] = [("main", group)]
         if baseline:
-            length = lengths[(turn + start // n_slots) % len(lengths)]
+            length = lengths[(turn + start // wave) % len(lengths)]
             fixed = rule("static")(n_max=length) if length else rule("off")()
             arms = [
                 ("no_mtp", [replace(r, policy=rule("off")()) for r in briefly]),

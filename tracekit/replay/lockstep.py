@@ -33,11 +33,12 @@ KV_ROWS = HOST + 13  # the same times the rows that read them
 DRAFT_FIRSTS = HOST + 14  # steps whose drafting began: the batch is put together
 DRAFT_DECODES = HOST + 15  # of the MTP context
 DRAFT_OUTPUTS = HOST + 16
-DRAFT_RESHAPES = HOST + 17
-KV_DRAFT = HOST + 18
-AHEADS = HOST + 19  # prompts caught up as they were read
-AHEAD_ROWS = HOST + 20
-ROWS = HOST + 21  # stretches of target rows
+DRAFT_PROBS = HOST + 17  # of these outputs, with the draft's probability measured
+DRAFT_RESHAPES = HOST + 18
+KV_DRAFT = HOST + 19
+AHEADS = HOST + 20  # prompts caught up as they were read
+AHEAD_ROWS = HOST + 21
+ROWS = HOST + 22  # stretches of target rows
 KNOTS = np.array([*range(8), *range(8, 16, 2), *range(16, 32, 4), *range(32, 64, 8), 64, 80, 96, 128, 160, 192, 256])
 N_KNOTS = len(KNOTS)
 DRAFT_ROWS = ROWS + N_KNOTS  # stretches of MTP rows
@@ -116,16 +117,17 @@ def book_target(counts, rows, past, n_prompt, n_read, n_ubatch, unified, mtp, be
     return before
 
 
-def book_drafts(counts, decodes, n_rows, n_tokens, before):
+def book_drafts(counts, decodes, probed, n_rows, n_tokens, before):
     """The drafter's part of one step; returns the rows of its last decode, ``before`` being those of the last one.
 
-    ``decodes`` int64 ``[n_slots]``: how many each slot took part in; ``n_rows``: of the first of them, caught up rows
-    included; ``n_tokens``: in memory, over the slots that generate.
+    ``decodes`` int64 ``[n_slots]``: how many each slot took part in; ``probed``: whether it measured probabilities;
+    ``n_rows``: of the first of them, caught up rows included; ``n_tokens``: in memory, over the slots that generate.
     """
     drafters, most = 0, 0
     for s in range(len(decodes)):
         drafters += decodes[s] > 0
         most = max(most, decodes[s])
+        counts[DRAFT_PROBS] += decodes[s] * probed[s]
     if drafters == 0:
         return before
     counts[HOST_ROUNDS] += 1
@@ -200,7 +202,7 @@ def run_queue(params, is_shared, sizes, arrays, counts, rounds):
     asked, drafted, accepted = np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64)
     emitted, decodes, rows = np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64)
     chunk, done_steps = np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64)
-    over, ahead = np.zeros(n_slots, np.bool_), np.zeros(n_slots, np.bool_)
+    over, ahead, probed = np.zeros(n_slots, np.bool_), np.zeros(n_slots, np.bool_), np.zeros(n_slots, np.bool_)
     of_step = np.zeros(N_COUNTS)
     shape = draft_rows = -1
     waiting, admitted, n_left = 0, 0, len(first)
@@ -245,6 +247,7 @@ def run_queue(params, is_shared, sizes, arrays, counts, rounds):
             counts[r, TRIPS] += wish == 0 and asked[s] > 0
             asked[s] = wish
             room = max(0, min(n_ctx[r] - past[s] - 2, max_tokens[r] - generated[s] - 1))
+            probed[s] = p_min > 0.0
             drafted[s], decodes[s], blind = drafts_of(wish, room, p_min, probs[position], n_max)
             if decodes[s] > 0:
                 accepted[s] = min(drafted[s], int(match[position]))
@@ -256,7 +259,7 @@ def run_queue(params, is_shared, sizes, arrays, counts, rounds):
             drafters = np.sum(decodes > 0)
             book_ahead(of_step, n_rows - drafters, drafters)
             n_rows = drafters
-        draft_rows = book_drafts(of_step, decodes, n_rows, n_tokens, draft_rows)
+        draft_rows = book_drafts(of_step, decodes, probed, n_rows, n_tokens, draft_rows)
         free_rows = n_batch
         for s in range(n_slots):
             free_rows -= rows[s]
@@ -330,24 +333,26 @@ def book_steps(starts, slots, n_past, prompts, drafts, sizes, counts):
     """A recorded run's steps, counted as the walk counts them: ``counts`` float64 ``[n_steps, N_COUNTS]`` (zeroed).
 
     Step ``i`` has the rows ``starts[i]`` to ``starts[i + 1]`` of ``slots``, int64: slot, target rows, tokens in memory,
-    MTP decodes, tokens emitted. ``prompts`` int64 ``[n_steps, 4]``: rows of prompts, rows read before, rows caught up
-    while they were read, and prompts finished. ``drafts`` int64 ``[n_steps, 3]``: rows of the first MTP decode, whether
-    hidden states were extracted, whether the step is a run's first.
+    MTP decodes, whether probabilities were measured, tokens emitted. ``prompts`` int64 ``[n_steps, 4]``: rows of
+    prompts, rows read before, rows caught up while they were read, and prompts finished. ``drafts`` int64 ``[n_steps,
+    3]``: rows of the first MTP decode, whether hidden states were extracted, whether the step is a run's first.
     """
     n_slots, _, n_ubatch, unified, _ = sizes
     shape = draft_rows = -1
     for i in range(len(counts)):
         of_step = counts[i]
         rows, past, decodes = np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64)
+        probed = np.zeros(n_slots, np.bool_)
         emitted = 0
         for j in range(starts[i], starts[i + 1]):
             s = slots[j, 0]
             rows[s], past[s], decodes[s] = slots[j, 1], slots[j, 2], slots[j, 3]
-            emitted += slots[j, 4]
+            probed[s] = slots[j, 4] > 0
+            emitted += slots[j, 5]
         if drafts[i, 2]:
             shape = draft_rows = -1
         mtp = drafts[i, 1] > 0
-        draft_rows = book_drafts(of_step, decodes, drafts[i, 0], n_past[i], draft_rows)
+        draft_rows = book_drafts(of_step, decodes, probed, drafts[i, 0], n_past[i], draft_rows)
         shape = book_target(of_step, rows, past, prompts[i, 0], prompts[i, 1], n_ubatch, unified, mtp, shape)
         if prompts[i, 2] > 0:
             draft_rows = book_ahead(of_step, prompts[i, 2], prompts[i, 3])

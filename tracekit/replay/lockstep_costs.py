@@ -8,7 +8,7 @@ what happens beside. Non-negative least squares finds them, on relative errors, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
@@ -76,9 +76,12 @@ def recorded_counts(trace: TraceFile, sizes: Sizes) -> np.ndarray:
 class _Steps:
     """The recorded steps: their counts (float64 ``[n, N_COUNTS]``), the block each belongs to (consecutive requests of
     the same prompts: close together in time), and what was measured (float64 ``[n]``, microseconds).
+
+    ``alike``: for each count the one whose price is its own, and which counts for both.
     """
 
     frame: pl.DataFrame
+    alike: np.ndarray
     counts: np.ndarray
     block: np.ndarray
     measured: dict[str, np.ndarray]
@@ -110,7 +113,10 @@ class _Steps:
             raise TracekitError(f"{trace.path}: no baseline of {n_slots} slots without MTP was recorded; {missing}")
         times = {name: frame[f"{name}_us"].to_numpy().astype(float) for name in ("target", "draft", "catchup", "wall")}
         times["host"] = times["wall"] - times["target"] - times["draft"] - times["catchup"]
-        return cls(frame, _counts(frame, slots, sizes), frame["block"].to_numpy(), times)
+        counts = _counts(frame, slots, sizes)
+        alike, joined = _alike(counts), np.zeros_like(counts)
+        np.add.at(joined.T, alike, counts.T)
+        return cls(frame, alike, joined, frame["block"].to_numpy(), times)
 
     @property
     def wall(self) -> np.ndarray:
@@ -120,7 +126,7 @@ class _Steps:
     def slowed(self, by: np.ndarray) -> _Steps:
         """All times multiplied by ``by``, float64 ``[n_blocks]``."""
         times = {name: time * by[self.block] for name, time in self.measured.items()}
-        return _Steps(self.frame, self.counts, self.block, times)
+        return replace(self, measured=times)
 
     def grams(self) -> list[np.ndarray]:
         """For every part the products that least squares needs, of each block: float64 ``[n_blocks, n + 1, n]``,
@@ -171,7 +177,7 @@ def _read(trace: TraceFile, n_slots: int) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Steps in order, and the generating slots of each; steps whose slots are not all known are left out."""
     slots = trace.frame(
         """SELECT run, step, slot, n_drafted + 1 AS rows, n_prompt + n_generated - 1 AS past, n_decodes,
-                  len(tokens)::INT AS emitted
+                  len(draft_probs) > 0 AS probed, len(tokens)::INT AS emitted
            FROM verifications JOIN requests USING (run, request) WHERE n_generated > 0 ORDER BY run, step, slot"""
     )
     frame = trace.frame(
@@ -191,7 +197,7 @@ def _read(trace: TraceFile, n_slots: int) -> tuple[pl.DataFrame, pl.DataFrame]:
                   before AS (PARTITION BY s.run ORDER BY s.step ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING)
            ORDER BY s.run, s.step"""
     )
-    together = 1 if (trace.runs["mode"] == "calibration").all() else n_slots  # prompts of one block
+    together = 1 if (trace.runs["mode"] == "calibration").all() else 2 * n_slots  # prompts of one block: a wave
     frame = frame.with_columns(
         block=(pl.col("rank").backward_fill().forward_fill() // together).cast(pl.Int64),
         first=pl.col("run") != pl.col("run").shift(1, fill_value=-1),
@@ -209,7 +215,7 @@ def _counts(frame: pl.DataFrame, slots: pl.DataFrame, sizes: Sizes) -> np.ndarra
     counts = np.zeros((frame.height, lockstep.N_COUNTS))
     link.compiled_module(rule("off"), lockstep).book_steps(
         np.concatenate(([0], np.cumsum(frame["n_slots"].to_numpy().astype(np.int64)))),
-        whole(slots, "slot", "rows", "past", "n_decodes", "emitted"),
+        whole(slots, "slot", "rows", "past", "n_decodes", "probed", "emitted"),
         whole(frame, "n_past")[:, 0],
         whole(frame, "n_prompt", "n_read", "n_ahead", "n_started"),
         whole(frame, "n_catchup", "mtp", "first"),
@@ -232,14 +238,35 @@ def _solve(gram: np.ndarray) -> np.ndarray:
     return out
 
 
+def _alike(counts: np.ndarray) -> np.ndarray:
+    """Stretches of rows that too few batches end in have no price of their own: neighbours share one, so that a time
+    between two sizes measured lies on the line between theirs, and one beyond all of them on the last line.
+    """
+    alike = np.arange(lockstep.N_COUNTS)
+    for stretches in (_ROWS, _DRAFT_ROWS):
+        reached = counts[:, stretches] > 0
+        ends = (reached & ~np.c_[reached[:, 1:], np.zeros(len(counts), bool)]).sum(0)
+        first, n = stretches[0], 0
+        starts = []
+        for stretch, n_ends in zip(stretches, ends, strict=True):
+            if n == 0:
+                first = stretch
+                starts.append(first)
+            alike[stretch] = first
+            n = n + n_ends if n + n_ends < LEAST else 0
+        if n > 0 and len(starts) > 1:  # the rest: too few to end a line
+            alike[alike == starts[-1]] = starts[-2]
+    return alike
+
+
 def _prices(grams: list[np.ndarray], steps: _Steps) -> np.ndarray:
-    """Prices of all counts from the products of all parts. Stretches of rows beyond the longest batches measured cost
-    as much per row as the last one measured does, and the drafter's as much as its prompts' rows.
+    """Prices of all counts from the products of all parts. More rows in an MTP batch than were measured cost what
+    prompts' rows do there.
     """
     prices = np.zeros(lockstep.N_COUNTS)
     for gram, columns in zip(grams, _PARTS.values(), strict=True):
         prices[columns] = _solve(gram)
-    for stretches in (_ROWS, _DRAFT_ROWS):
-        last = np.flatnonzero((steps.counts[:, stretches] > 0).sum(0) >= LEAST)[-1]
-        prices[stretches[last + 1 :]] = prices[stretches[last] if stretches is _ROWS else lockstep.AHEAD_ROWS]
+    prices = prices[steps.alike]
+    beyond = steps.frame["n_catchup"].max() <= lockstep.KNOTS
+    prices[_DRAFT_ROWS[beyond]] = prices[lockstep.AHEAD_ROWS]
     return prices

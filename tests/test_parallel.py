@@ -187,6 +187,7 @@ def test_tune_over_several_slots(several, tmp_path):
     table = trace.replay("off,static:n_max=2,4")
     assert (table["n_slots"] == N_SLOTS).all()
     assert table["speedup"][0] == 1
+    assert table["amplification"][0] == 1
     assert table["regret"].is_null().all()
     best = trace.tune(space={"static": {"n_max": "1..6/1"}})
     assert f"over {N_SLOTS} slots" in best.evidence.advice

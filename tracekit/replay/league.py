@@ -144,7 +144,7 @@ class League:
             "accepted": accepted,
             "acceptance_ratio": accepted / drafted if drafted else None,
             "tau": 1 + accepted / verifications if verifications else None,
-            "amplification": (steps + drafted) / tokens,
+            "amplification": (steps + drafted) / int(total[kernel.TOKENS]),
             "trips": int(total[kernel.TRIPS]),
             "exact_fraction": 1 - best[:, kernel.INEXACT].sum() / steps,
             "regret": self._regret(best),

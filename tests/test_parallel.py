@@ -16,6 +16,7 @@ import tracekit
 from tracekit.engine import Engine, Probe
 from tracekit.engine.record import record
 from tracekit.errors import TracekitError
+from tracekit.policy.rule import rule
 from tracekit.policy.spec import parse, parse_one
 from tracekit.replay import kernel, link, lockstep, lockstep_costs, simulate
 from tracekit.replay.arrays import positions
@@ -31,29 +32,6 @@ from .test_replay import POLICIES as SWEPT
 
 N_SLOTS = 3
 SAME = ("STEPS", "VERIFICATIONS", "DRAFTED", "ACCEPTED", "TOKENS", "TRIPS", "INEXACT")
-BY_SLOTS = '''"""Draft less the more slots generate."""
-from typing import NamedTuple
-
-
-class Params(NamedTuple):
-    n_max: int = 6
-
-
-class State(NamedTuple):
-    nothing: int
-
-
-def begin(params):
-    return State(0)
-
-
-def decide(params, state, now):
-    return params.n_max // now.n_active, 0.0
-
-
-def learn(params, state, now, seen):
-    return state
-'''
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["a memory each", "one memory"])
@@ -131,14 +109,16 @@ def test_steps_equal_the_live_engines(several, models, tmp_path):
     the live engine did and recorded, with chunks of prompts beside generation and states that slots share.
     """
     chosen, path = several
-    (tmp_path / "by_slots.py").write_text(BY_SLOTS)
+    by_slots = tmp_path / "by_slots.py"  # drafts less the more slots generate
+    by_slots.write_text(rule("static").source.replace("return params.n_max,", "return params.n_max // now.n_active,"))
+    assert "now.n_active" in by_slots.read_text()
     trace = open_trace(path)
     wanted = requests(per_category=2)
     p = positions(trace).queued([r.prompt_id for r in wanted])
     assert p.n_requests == len(wanted)
     serving = Serving.of(trace)
     assert serving == Serving(N_SLOTS, 64, 64, chosen.kv_unified)
-    for i, text in enumerate((*POLICIES, str(tmp_path / "by_slots.py"))):
+    for i, text in enumerate((*POLICIES, f"{by_slots}:n_max=6")):
         policy = parse_one(text)
         live = tmp_path / f"live-{i}.duckdb"
         with Engine(models["plain"], policy, chosen, trace=live) as engine:

@@ -13,6 +13,7 @@ loaded but idle, and each draft length.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -22,7 +23,7 @@ from scipy.stats import theilslopes
 
 from tracekit.errors import TracekitError
 from tracekit.replay import kernel
-from tracekit.replay.robust import LEAST, cell_means, line, robust_mean, slopes, step_up
+from tracekit.replay.robust import LEAST, cell_means, deviation, line, robust_mean, slopes, step_up
 from tracekit.trace.store import TraceFile
 
 N_BOOT = 100
@@ -76,7 +77,7 @@ def fit(trace: TraceFile, n_max: int, n_boot: int = N_BOOT, seed: int = 0) -> Co
         boot=np.array([b[0] for b in boot]),
         boot_no_mtp=np.array([b[1] for b in boot]),
         cells=steps.cells(),
-        spread_ratio=float(np.median(np.abs(ratio - np.median(ratio)))),
+        spread_ratio=deviation(ratio),
         n_steps=len(steps.wall),
     )
 
@@ -290,20 +291,27 @@ class _Steps:
 
     def cells(self) -> pl.DataFrame:
         """How often each batch width and each number of rows was measured, with its plain median time."""
-        parts = (
-            ("no MTP", self.width, self.target, self.mtp == 0),
-            ("target width", self.width, self.target, self.mtp == 1),
-            ("catch-up rows", self.rows, self.first, self.decodes > 0),
+        on, off, rounds = self.take(self.mtp == 1), self.take(self.mtp == 0), self.take(self.decodes > 0)
+        return measured_cells(
+            [
+                ("no MTP", off.width, off.target),
+                ("target width", on.width, on.target),
+                ("catch-up rows", rounds.rows, rounds.first),
+            ]
         )
-        frames = [
-            pl.DataFrame({"size": size[chosen].astype(int), "us": time[chosen]})
-            .group_by("size")
-            .agg(n=pl.len(), median_us=pl.col("us").median())
-            .sort("size")
-            .select(pl.lit(what).alias("cost"), "size", "n", "median_us")
-            for what, size, time, chosen in parts
-        ]
-        return pl.concat(frames)
+
+
+def measured_cells(parts: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> pl.DataFrame:
+    """The ``cells`` of a cost model from what was measured of each part: its name, sizes, and microseconds."""
+    frames = [
+        pl.DataFrame({"size": size.astype(int), "us": time.astype(float)})
+        .group_by("size")
+        .agg(n=pl.len(), median_us=pl.col("us").median())
+        .sort("size")
+        .select(pl.lit(what).alias("cost"), "size", "n", "median_us")
+        for what, size, time in parts
+    ]
+    return pl.concat(frames)
 
 
 def _price_long_catchups(trace: TraceFile, prices: np.ndarray, n_max: int) -> None:

@@ -200,8 +200,7 @@ def run_queue(params, is_shared, sizes, arrays, counts, rounds):
     request = np.full(n_slots, FREE)
     generated, past, behind = np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64)
     asked, drafted, accepted = np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64)
-    emitted, decodes, rows = np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64)
-    chunk, done_steps = np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64)
+    decodes, rows, chunk = np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64)
     over, ahead, probed = np.zeros(n_slots, np.bool_), np.zeros(n_slots, np.bool_), np.zeros(n_slots, np.bool_)
     of_step = np.zeros(N_COUNTS)
     shape = draft_rows = -1
@@ -215,7 +214,7 @@ def run_queue(params, is_shared, sizes, arrays, counts, rounds):
             if request[s] == FREE and waiting < admitted:
                 r = request[s] = waiting
                 waiting += 1
-                generated[s] = past[s] = asked[s] = done_steps[s] = 0
+                generated[s] = past[s] = asked[s] = 0
                 behind[s] = 1  # the row before the first position
                 states[s] = common if is_shared else begin(params)
                 wish, p_min = decide(params, states[s], Now(1, n_prompt[r], max_tokens[r] - 1, 1))
@@ -286,26 +285,26 @@ def run_queue(params, is_shared, sizes, arrays, counts, rounds):
                 continue
             if rows[s] == 0:
                 continue
-            emitted[s] = min(accepted[s] + 1, n_generated[r] - generated[s])
-            n_emitted += emitted[s]
+            emitted = min(accepted[s] + 1, n_generated[r] - generated[s])
+            n_emitted += emitted
             if not over[s]:
                 if is_shared:
                     states[s] = common
-                seen = Outcome(asked[s], drafted[s], accepted[s], emitted[s])
+                seen = Outcome(asked[s], drafted[s], accepted[s], emitted)
                 states[s] = learn(params, states[s], nows[s], seen)
                 if is_shared:
                     common = states[s]
+            if len(rounds):
+                at = first[r] + int(counts[r, STEPS])
+                rounds[at, 0], rounds[at, 1] = drafted[s], accepted[s]
             counts[r, STEPS] += 1
             counts[r, VERIFICATIONS] += drafted[s] > 0
             counts[r, DRAFTED] += drafted[s]
             counts[r, ACCEPTED] += accepted[s]
-            counts[r, TOKENS] += emitted[s]
-            if len(rounds):
-                rounds[first[r] + done_steps[s], 0], rounds[first[r] + done_steps[s], 1] = drafted[s], accepted[s]
-                done_steps[s] += 1
-            generated[s] += emitted[s]
-            past[s] += emitted[s]
-            behind[s] += emitted[s]
+            counts[r, TOKENS] += emitted
+            generated[s] += emitted
+            past[s] += emitted
+            behind[s] += emitted
         if ahead_rows > 0:
             draft_rows = book_ahead(of_step, ahead_rows, finished)
         book_host(of_step, n_active, n_emitted, mtp)

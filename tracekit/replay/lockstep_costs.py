@@ -18,11 +18,12 @@ from scipy.optimize import nnls
 from tracekit.errors import TracekitError
 from tracekit.policy.rule import rule
 from tracekit.replay import link, lockstep
-from tracekit.replay.costs import N_BOOT, CostModel
-from tracekit.replay.robust import LEAST
+from tracekit.replay.costs import N_BOOT, CostModel, measured_cells
+from tracekit.replay.robust import LEAST, deviation, pulled_in
 from tracekit.trace.store import TraceFile
 
 Sizes = tuple[int, int, int, bool, int]  # tracekit.replay.serving.Serving.sizes
+_MOST = 100 * lockstep.N_COUNTS  # iterations: SciPy's default of a few per price is an error where prices trade places
 _ROWS = np.arange(lockstep.ROWS, lockstep.DRAFT_ROWS)
 _DRAFT_ROWS = np.arange(lockstep.DRAFT_ROWS, lockstep.N_COUNTS)
 _PARTS = {  # what was measured, and the counts it is made of
@@ -62,7 +63,7 @@ def fit(trace: TraceFile, n_max: int, sizes: Sizes, n_boot: int = N_BOOT, seed: 
         boot=boot,
         boot_no_mtp=boot,
         cells=steps.cells(),
-        spread_ratio=float(np.median(np.abs(ratio - np.median(ratio)))),
+        spread_ratio=deviation(ratio),
         n_steps=len(steps.wall),
     )
 
@@ -146,10 +147,7 @@ class _Steps:
             w = 1 / np.maximum(fitted, 1e-3 * np.median(y) + 1e-9)
             weighted, aim = x * w[:, None], pulled * w
             fitted = x @ _solve(np.vstack((weighted.T @ weighted, aim @ weighted)))
-            ratio = y / np.maximum(fitted, 1e-9)
-            middle = np.median(ratio)
-            reach = 8 * np.median(np.abs(ratio - middle)) + 1e-9
-            pulled = fitted * np.clip(ratio, middle - reach, middle + reach)
+            pulled = fitted * pulled_in(y / np.maximum(fitted, 1e-9))
         for b in np.unique(block):
             rows = block == b
             out[b, :-1], out[b, -1] = weighted[rows].T @ weighted[rows], aim[rows] @ weighted[rows]
@@ -163,14 +161,7 @@ class _Steps:
             ("target rows", plain.filter("mtp"), "n_tokens", "target_us"),
             ("catch-up rows", plain.filter(pl.col("n_draft_decodes") > 0), "n_catchup", "first_draft_us"),
         )
-        frames = [
-            of.group_by(pl.col(size).alias("size").cast(pl.Int64))
-            .agg(n=pl.len(), median_us=pl.col(time).cast(pl.Float64).median())
-            .sort("size")
-            .select(pl.lit(what).alias("cost"), "size", "n", "median_us")
-            for what, of, size, time in parts
-        ]
-        return pl.concat(frames)
+        return measured_cells([(what, of[size].to_numpy(), of[time].to_numpy()) for what, of, size, time in parts])
 
 
 def _read(trace: TraceFile, n_slots: int) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -234,7 +225,7 @@ def _solve(gram: np.ndarray) -> np.ndarray:
         scale = np.sqrt(products.diagonal()[used])
         scaled = products[np.ix_(used, used)] / scale[:, None] / scale
         root = np.linalg.cholesky(scaled + 1e-9 * np.eye(len(scale)))
-        out[used] = nnls(root.T, solve_triangular(root, aim[used] / scale, lower=True))[0] / scale
+        out[used] = nnls(root.T, solve_triangular(root, aim[used] / scale, lower=True), maxiter=_MOST)[0] / scale
     return out
 
 

@@ -7,14 +7,23 @@ import numpy as np
 LEAST = 5  # measurements that make a cell
 
 
+def deviation(values: np.ndarray) -> float:
+    """Median absolute deviation from the median."""
+    return float(np.median(np.abs(values - np.median(values))))
+
+
+def pulled_in(values: np.ndarray) -> np.ndarray:
+    """``values`` with those far off (a descheduled process, not the work) pulled in to eight median deviations."""
+    middle, reach = np.median(values), 8 * deviation(values) + 1e-9
+    return np.clip(values, middle - reach, middle + reach)
+
+
 def robust_mean(values: np.ndarray) -> float:
-    """Mean of ``values`` with those far off (a descheduled process, not the work) pulled in to eight median deviations.
+    """Mean of ``values`` with those far off pulled in.
 
     A median would be sturdier, but a total is a sum: what counts is the mean, an ordinary slow tail included.
     """
-    middle = np.median(values)
-    reach = 8 * np.median(np.abs(values - middle)) + 1e-9
-    return float(np.clip(values, middle - reach, middle + reach).mean())
+    return float(pulled_in(values).mean())
 
 
 def cell_means(times: np.ndarray, keys: np.ndarray, size: int) -> np.ndarray:

@@ -62,11 +62,13 @@ class Serving:
         """
         if self.n_slots == 1:
             return simulate.counts(policies, positions)
+        return self._in_lockstep(policies, positions, np.zeros((0, 2), np.int16))
+
+    def _in_lockstep(self, policies: Sequence[Policy], positions: Positions, rounds: np.ndarray) -> np.ndarray:
         out = np.empty((len(policies), positions.n_requests, lockstep.N_COUNTS))
-        nothing = np.zeros((0, 2), np.int16)
         for run, chosen, rows, shared in simulate.by_rule(policies, positions, out[0].nbytes, lockstep):
             part = np.empty((len(chosen), *out.shape[1:]))
-            run(rows, shared, self.sizes, simulate.arrays_of(positions), part, nothing)
+            run(rows, shared, self.sizes, simulate.arrays_of(positions), part, rounds)
             out[chosen] = part
         return out
 
@@ -83,10 +85,7 @@ class Serving:
         if self.n_slots == 1:
             return simulate.rounds(policy, positions)
         found = np.zeros((len(positions.match), 2), np.int16)
-        ((run, _, rows, shared),) = simulate.by_rule([policy], positions, 1, lockstep)
-        out = np.empty((1, positions.n_requests, lockstep.N_COUNTS))
-        run(rows, shared, self.sizes, simulate.arrays_of(positions), out, found)
-        steps = out[0, :, lockstep.STEPS].astype(int)
+        steps = self._in_lockstep([policy], positions, found)[0, :, lockstep.STEPS].astype(int)
         return [
             list(map(tuple, found[start : start + n].tolist())) for start, n in zip(positions.first, steps, strict=True)
         ]

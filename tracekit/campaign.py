@@ -15,22 +15,24 @@ import time
 import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tracekit.engine import Engine, Request, Settings
 from tracekit.engine import calibrate as surface
 from tracekit.engine.doctor import demand_gpu, examine, surroundings
-from tracekit.engine.record import record
+from tracekit.engine.record import record, wave_of
 from tracekit.errors import TracekitError
 from tracekit.model.build import build
+from tracekit.model.prompt_sets import SETS
 from tracekit.policy.spec import parse_one
 from tracekit.study import Finding, Study, Teller, Workload, complete, conduct
 
 PLANS = Path(__file__).parent / "plans"
 KEPT = (".duckdb", ".json", ".png", ".toml", ".txt")
 MOST_BYTES = 16_000_000  # of a trace, to be carried
+HELD_OUT = SETS["heldout"]  # prompts of every category; over several slots, one for each slot at least
 
 
 class Pause(Exception):
@@ -77,7 +79,7 @@ class Live(_Strict):
 
 class Plan(_Strict):
     """A plan file (TOML); :mod:`tracekit.study` says what the workload's keys mean. ``parallel``: slots of further
-    studies.
+    studies, with more prompts where ``prompts`` would leave slots empty.
     """
 
     about: str
@@ -88,15 +90,15 @@ class Plan(_Strict):
     prompts: int
     repeats: int
     seed: int
-    parallel: tuple[int, ...] = ()
+    parallel: tuple[Annotated[int, Field(ge=2, le=sum(HELD_OUT.values()))], ...] = ()
     sizes: tuple[Size, ...]
     calibrate: Surface
     live: tuple[Live, ...]
 
-    @property
-    def workload(self) -> Workload:
-        """What the studies generate."""
-        return Workload(self.max_tokens, self.temp, self.repeats, self.prompts, self.seed)
+    def workload(self, n_slots: int = 1) -> Workload:
+        """What a study over ``n_slots`` generates: enough to record a wave, and to verify with every slot in use."""
+        fill = -(-wave_of(n_slots) // len(HELD_OUT)) if self.prompts else 0
+        return Workload(self.max_tokens, self.temp, self.repeats, max(self.prompts, fill), self.seed)
 
 
 def shipped_plans() -> list[str]:
@@ -197,7 +199,7 @@ class Campaign:
     def _study(self, size: Size, head: str, model: Path, sidecar: Path | None, slots: int = 1) -> Finding:
         name = f"{size.name}-{head}" + (f"-{slots}-slots" if slots > 1 else "")
         settings = self._settings(size, n_slots=slots, kv_unified=slots > 1)
-        study = Study(self.folder, name, model, sidecar, settings, self.plan.workload)
+        study = Study(self.folder, name, model, sidecar, settings, self.plan.workload(slots))
         finding = conduct(study, self.tell, self._may_go_on)
         self._weigh(self.folder / f"{study.name}.duckdb")
         return finding
@@ -229,7 +231,7 @@ class Campaign:
             Engine(model, parse_one(live.policy), settings, sidecar, trace=path) as engine,
             self.tell.progress("tokens") as update,
         ):
-            requests = self.plan.workload.requests("tune")
+            requests = self.plan.workload().requests("tune")
             record(engine, [_led_up_to(engine, r, live.context, requests) for r in requests], True, update)
         self._weigh(path)
 

@@ -150,7 +150,7 @@ def row(policy: Policy, c_arguments: tuple | None, p: Positions, few: Positions,
     run, twin = link.compiled(policy.rule), link.interpreted(policy.rule).run
 
     def ours(which, on: Positions) -> tuple[np.ndarray, float]:
-        out = np.zeros((1, on.n_requests, kernel.N_SCALARS + 1))
+        out = np.zeros((1, on.n_requests))
         detail = np.zeros((1, on.n_requests, size), np.int64)
         arguments = np.array([policy.row()]), np.array([False]), arrays_of(on), np.ones(size), out, detail
         started = time.perf_counter()

@@ -33,7 +33,7 @@ def cost_model() -> CostModel:
     no_mtp = np.zeros_like(prices)
     no_mtp[walk.STEPS], no_mtp[walk.N_SCALARS + 1] = 60, 8000
     noise = np.random.default_rng(0).normal(1, 0.01, (N_BOOT, len(prices)))
-    return CostModel(N_MAX, prices, no_mtp, prices * noise, no_mtp * noise, None, 0.01, 0)
+    return CostModel(N_MAX, prices, no_mtp, prices * noise, no_mtp * noise, None, 0.01, 0, 1 << 20)
 
 
 def main() -> None:

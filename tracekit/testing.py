@@ -110,10 +110,9 @@ def _check_compiled(policy: Policy, positions: Positions) -> None:
     size = kernel.n_counts(positions.n_max)
     found = []
     for run in (link.compiled(policy.rule), link.interpreted(policy.rule).run):
-        out = np.zeros((1, positions.n_requests, kernel.N_SCALARS + 1))
         detail = np.zeros((1, positions.n_requests, size), np.int64)
         rows, shared = np.array([policy.row() or [0.0]]), np.array([policy.scope == "engine"])
-        run(rows, shared, arrays_of(positions), np.zeros(size), out, detail)
+        run(rows, shared, arrays_of(positions), np.zeros(size), np.zeros((0, 0)), detail)
         found.append(detail)
     different = np.argwhere(found[0] != found[1])
     assert not len(different), (

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import random
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from tracekit.engine.record import record, wave_of
 from tracekit.errors import TracekitError
 from tracekit.policy.rule import Policy, rule
 from tracekit.replay.league import League
+from tracekit.replay.robust import widened
 from tracekit.trace.store import TraceFile, open_trace
 
 Progress = Callable[[int, int], None]
@@ -49,7 +51,8 @@ class Verdict:
 
     ``arms``: one row per arm: ``arm, policy, predicted, measured`` (tokens/s, each with ``_low`` and ``_high``, 95
     %), ``error_ratio`` (predicted over measured, minus 1), ``predicted_speedup``, ``measured_speedup``,
-    ``spread_ratio`` (half the range of whole repeats over their median: the measurement's own noise),
+    ``spread_ratio`` (half the range of whole repeats over their median: the measurement's own noise; None, as is the
+    measured interval, where nothing was repeated),
     ``equal_requests`` of ``n_requests`` whose steps were exactly the predicted ones, ``equal_tokens`` of them whose
     tokens were those without MTP. ``categories``: measured and predicted speed-up of every arm in every prompt
     category. ``ranking_tau``: Kendall's tau between predicted and measured order.
@@ -109,9 +112,14 @@ class Verdict:
             else "; the others met a near tie that rounding decides, and rounding depends on the batch width: less so "
             "with --cache-type-k f32 --cache-type-v f32 --flash-attn off"
         )
+        noise = (
+            f"repeats of a measurement differ by {100 * self.arms['spread_ratio'].median():.1f} %"
+            if self.repeats > 1
+            else "each measured once: its noise is not known"
+        )
         return (
             f"median |predicted - measured| {100 * self.median_error_ratio:.1f} % over {self.arms.height} arms "
-            f"(repeats of a measurement differ by {100 * self.arms['spread_ratio'].median():.1f} %), ranking "
+            f"({noise}), ranking "
             f"agreement tau = {self.ranking_tau:.2f}, "
             f"steps exactly as predicted in {equal} of {n} requests, tokens those without MTP in {same} of {n} "
             f"({self.repeats} repeats, {self.n_tokens} tokens per arm{reason})"
@@ -152,6 +160,7 @@ def verify(
     if n < n_slots:
         raise TracekitError(f"{n_slots} slots (--parallel) need {n_slots} prompts or more; there are {n}")
     rng, runs = random.Random(seed), {}
+    states = defaultdict(dict)  # of policies with scope=engine: every repeat of an arm is a run of its own
     requests = rng.sample(list(requests), len(requests))
     with tempfile.TemporaryDirectory(prefix="tracekit-") as folder:
         path, probe = Path(folder) / "probe.duckdb", Probe(settings.n_max, seed)
@@ -163,7 +172,7 @@ def verify(
                     if repeat == repeats // 2:  # in the middle, for the machine drifts
                         record(engine, [requests[r] for r in chosen], baseline=True, turn=start // wave)
                     for a in rng.sample(range(len(arms)), len(arms)):
-                        done = _run(engine, [requests[r] for r in chosen], arms[a].policy)
+                        done = _run(engine, [requests[r] for r in chosen], arms[a].policy, states[a, repeat])
                         times_us = [done[0].speculated_us] if n_slots == 1 else _shares_us(done)
                         runs |= {(a, r, repeat): run for r, *run in zip(chosen, done, times_us, strict=True)}
                         if progress:
@@ -172,9 +181,9 @@ def verify(
     return _judge(league, arms, requests, runs, repeats)
 
 
-def _run(engine: Engine, requests: Sequence[Request], policy: Policy | None) -> list[Completion]:
+def _run(engine: Engine, requests: Sequence[Request], policy: Policy | None, shared: dict) -> list[Completion]:
     """Serve ``requests``, unrecorded; their completions, in order."""
-    engine.set_arm(mtp=policy is not None, recording=False)
+    engine.set_arm(mtp=policy is not None, recording=False, shared=shared)
     done = engine.run([replace(r, policy=policy or rule("off")()) for r in requests])
     return sorted(done, key=lambda completion: completion.number)
 
@@ -192,14 +201,18 @@ def _judge(league: League, arms: Sequence[Arm], requests: Sequence[Request], run
     order = {prompt_id: i for i, prompt_id in enumerate(league.positions.prompt_ids)}
     known = [r for r, request in enumerate(requests) if request.prompt_id in order]
     places = np.array([order[requests[r].prompt_id] for r in known])
-    tokens = float(league.tokens[places].sum())
+    wanted = league.tokens[places]
+    tokens = float(wanted.sum())
     rows, shares = [], []
     for a, arm in enumerate(arms):
         times = np.array([[runs[a, r, k][1] for k in range(repeats)] for r in known], float)
+        lengths = [[len(runs[a, r, k][0].tokens) + 1 - league.serving.shortest for k in range(repeats)] for r in known]
+        times *= wanted[:, None] / np.maximum(lengths, 1)  # other tokens, where rounding decided a near tie
         predicted = league.speed_of_these(arm.policy)
         steps = league.serving.rounds(arm.policy or rule("off")(), league.positions)
         whole = 1e6 * tokens / times.sum(0)
-        low, high = _repeat_interval(times, tokens)
+        measured = 1e6 * tokens / np.median(times, 1).sum()
+        low, high = _repeat_interval(times, tokens, measured)
         rows.append(
             {
                 "arm": arm.name,
@@ -207,10 +220,10 @@ def _judge(league: League, arms: Sequence[Arm], requests: Sequence[Request], run
                 "predicted": predicted.value,
                 "predicted_low": predicted.low,
                 "predicted_high": predicted.high,
-                "measured": 1e6 * tokens / np.median(times, 1).sum(),
+                "measured": measured,
                 "measured_low": low,
                 "measured_high": high,
-                "spread_ratio": float((whole.max() - whole.min()) / 2 / np.median(whole)),
+                "spread_ratio": float((whole.max() - whole.min()) / 2 / np.median(whole)) if repeats > 1 else None,
                 "equal_requests": sum(runs[a, r, 0][0].rounds == steps[order[requests[r].prompt_id]] for r in known),
                 "equal_tokens": sum(
                     all(runs[a, r, k][0].tokens == runs[0, r, 0][0].tokens for k in range(repeats)) for r in known
@@ -231,7 +244,8 @@ def _judge(league: League, arms: Sequence[Arm], requests: Sequence[Request], run
         .with_columns(measured_speedup=pl.col("base_us") / pl.col("measured_us"))
         .drop("base_us", "measured_us")
     )
-    tau = float(kendalltau(frame["predicted"], frame["measured"]).statistic)
+    distinct = frame.unique("policy", keep="first", maintain_order=True)  # no MTP, tuned to be off, is no second rank
+    tau = float(kendalltau(distinct["predicted"], distinct["measured"]).statistic)
     return Verdict(frame, categories, tau, repeats, int(tokens))
 
 
@@ -250,13 +264,16 @@ def _by_category(arm: Arm, league: League, places: np.ndarray, measured_us: np.n
     ]
 
 
-def _repeat_interval(times: np.ndarray, tokens: float) -> tuple[float, float]:
-    """95 % interval of the measured speed: repeats drawn again for every request; ``times`` float64 ``[n_requests,
-    n_repeats]``.
+def _repeat_interval(times: np.ndarray, tokens: float, measured: float) -> tuple[float | None, float | None]:
+    """95 % interval of the speed ``measured``: repeats drawn again for every request; ``times`` float64 ``[n_requests,
+    n_repeats]``. None where nothing was repeated.
     """
     rng = np.random.default_rng(0)
     n, k = times.shape
+    if k < 2:
+        return None, None
     speeds = [
         1e6 * tokens / np.median(times[np.arange(n)[:, None], rng.integers(0, k, (n, k))], 1).sum() for _ in range(400)
     ]
-    return float(np.quantile(speeds, 0.025)), float(np.quantile(speeds, 0.975))
+    low, high = np.quantile(widened(np.array(speeds), measured, k), (0.025, 0.975))
+    return float(low), float(high)

@@ -144,12 +144,15 @@ class Engine:
         """Whether drafting is possible now."""
         return self._loop.mtp
 
-    def set_arm(self, mtp: bool = True, probing: bool = False, recording: bool = True) -> None:
+    def set_arm(
+        self, mtp: bool = True, probing: bool = False, recording: bool = True, shared: dict | None = None
+    ) -> None:
         """Between requests, switch MTP off (the baseline: hidden states are not even extracted) or on, probing with it,
         and recording.
 
         ``probing`` is for engines made with a probe, ``recording`` for those with a trace; elsewhere they change
-        nothing. Raises :class:`TracekitError` with requests under way.
+        nothing. ``shared``: where states of policies with ``scope=engine`` are kept from now on; None: where they were.
+        Raises :class:`TracekitError` with requests under way.
         """
         if not self.idle:
             raise TracekitError("MTP and probing can be switched only with no request under way")
@@ -158,6 +161,7 @@ class Engine:
         self._loop.mtp = mtp
         self._loop.probe = self._probe if probing and mtp else None
         self._loop.observer = self.recorder if recording else None
+        self._loop.shared = self._loop.shared if shared is None else shared
 
     @property
     def idle(self) -> bool:

@@ -70,7 +70,7 @@ class Loop:
         self.slots: list[Slot | None] = [None] * settings.n_slots
         self._model = model
         self._batch = Batch(settings.n_batch)
-        self._shared: dict[Policy, object] = {}  # states of policies whose scope is the engine
+        self.shared: dict[Policy, object] = {}  # states of policies whose scope is the engine
         self._n_steps = self._record_ns = self._ahead_rows = self._ahead_us = 0
 
     def step(self) -> list[Completion]:
@@ -168,7 +168,7 @@ class Loop:
 
     def _state(self, policy: Policy) -> object:
         if policy.scope == "engine":
-            return self._shared.setdefault(policy, policy.rule.begin(policy.params))
+            return self.shared.setdefault(policy, policy.rule.begin(policy.params))
         return policy.rule.begin(policy.params)
 
     def _decide(self, slot: Slot, n_active: int) -> Ask | None:
@@ -178,7 +178,7 @@ class Loop:
             asked, slot.over = max(0, self.probe.n_max), self.probe.n_max == NEVER
         elif not slot.over:
             if slot.shares:
-                slot.state = self._shared[policy]
+                slot.state = self.shared[policy]
             generated = len(slot.tokens) - slot.n_prompt
             slot.now = Now(generated, slot.n_past, slot.max_tokens - generated, n_active)
             asked, p_min = policy.rule.decide(policy.params, slot.state, slot.now)
@@ -284,10 +284,10 @@ class Loop:
         drafted, accepted = slot.rounds[-1]
         seen = Outcome(asked, drafted, accepted, emitted) if drafted or asked else _PLAIN
         if slot.shares:  # another slot of this step may have learnt since
-            slot.state = self._shared[policy]
+            slot.state = self.shared[policy]
         slot.state = policy.rule.learn(policy.params, slot.state, slot.now, seen)
         if slot.shares:
-            self._shared[policy] = slot.state
+            self.shared[policy] = slot.state
 
     def _log_trip(self, slot: Slot) -> None:
         if log.isEnabledFor(logging.INFO):

@@ -32,7 +32,8 @@ class Evidence(_Strict):
 
     Speeds are tokens per second of generation over all requests, predicted for requests the choice was not made on;
     ``low`` and ``high`` are a 95 % bootstrap interval. With several ``n_slots`` they are of whole runs, with prompts.
-    ``worst_category_speedup`` is the lowest over prompt categories.
+    ``worst_category_speedup`` is the lowest over prompt categories. ``device`` and ``cost_model`` are those of
+    ``priced_by``, a trace.
     """
 
     advice: str
@@ -42,6 +43,7 @@ class Evidence(_Strict):
     model_sha256: str
     model_desc: str
     device: str
+    priced_by: str = ""
     cost_model: str
     n_slots: int = 1
     n_requests: int

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import polars as pl
@@ -81,45 +82,55 @@ class Positions:
             **{name: tuple(getattr(self, name)[i] for i in order) for name in ("categories", "prompt_ids")},
         )
 
+    @cached_property
+    def fills(self) -> tuple[Positions, ...]:
+        """The same positions with what a live trace does not know filled in (:meth:`guess`): the best estimate first,
+        then the two that bracket it. A probe trace knows everything: itself.
+        """
+        return (self,) if self.mode == "probe" else tuple(self.guess(filled) for filled in ("mean", "none", "all"))
+
     def guess(self, filled: str) -> Positions:
-        """The same positions with what is unknown filled in: ``none`` (no draft right), ``all``, or ``mean`` (as
-        where it is known).
+        """The same positions with what is unknown filled in: ``none`` (no draft right, and a probability keeps those
+        that are wrong), ``all`` (all right, and it keeps the right ones alone), or ``mean`` (right as often as where it
+        is known, and no probability stops).
 
         ``none`` and ``all`` bracket a replay that has to extrapolate; ``mean`` is its best estimate.
         """
-        if filled == "none" or (self.known == ANY).all():
-            return self
-        match = self.match.astype(np.int64)
-        short = self.known < ANY
+        match, short = self.match.astype(np.int64), self.known < ANY
+        if filled == "mean":
+            # draft j + 1 is right, given that j were, as often as at the positions where that was seen (a fixed seed)
+            rng = np.random.default_rng(0)
+            for j in range(self.n_max):
+                seen = ((self.known > j) | (match > j)) & (match >= j)
+                rate = (match[seen] > j).mean() if seen.any() else 0.0
+                open_here = short & (match == j) & (self.known <= j)
+                match[open_here] += rng.random(int(open_here.sum())) < rate
+            return replace(self, match=match.astype(np.uint8))
         if filled == "all":
-            return replace(self, match=np.where(short, self.n_max, match).astype(np.uint8))
-        # draft j + 1 is right, given that j were, as often as at the positions where that was seen (a fixed seed)
-        rng = np.random.default_rng(0)
-        for j in range(self.n_max):
-            seen = ((self.known > j) | (match > j)) & (match >= j)
-            rate = (match[seen] > j).mean() if seen.any() else 0.0
-            open_here = short & (match == j) & (self.known <= j)
-            match[open_here] += rng.random(int(open_here.sum())) < rate
-        return replace(self, match=match.astype(np.uint8))
+            match = np.where(short, self.n_max, match)
+        right = np.arange(self.n_max) < match[:, None]
+        probs = np.where(self.probs < 0, (right == (filled == "all")).astype(np.float32), self.probs)
+        return replace(self, match=match.astype(np.uint8), probs=probs)
 
 
-def positions(trace: TraceFile) -> Positions:
-    """The positions of every finished or cut-off request of ``trace`` that drafted. Raises :class:`TracekitError`
-    where there is none.
+def positions(trace: TraceFile, shortest: int = 2) -> Positions:
+    """The positions of every finished or cut-off request of ``trace`` with ``shortest`` tokens or more: one of a single
+    token ends with its prompt, and takes time only from others beside it. Raises :class:`TracekitError` where nothing
+    was drafted.
     """
     arms = "('probe', 'live')"
     requests = trace.frame(
         f"""SELECT run, request, category, prompt_id, n_prompt, max_tokens, n_ctx, arm,
-                   sum(len(tokens))::INT AS n_generated
+                   sum(len(tokens))::INT AS n_generated, sum(n_proposed) AS n_proposed
             FROM requests JOIN verifications USING (run, request)
-            WHERE arm IN {arms} GROUP BY ALL HAVING sum(n_proposed) > 0 OR arm = 'probe' ORDER BY run, request"""
-    ).filter(pl.col("n_generated") > 1)
+            WHERE arm IN {arms} GROUP BY ALL ORDER BY run, request"""
+    ).filter(pl.col("n_generated") >= shortest)
     if requests.is_empty() and (trace.runs["mode"] == "calibration").all():
         raise TracekitError(
             f"{trace.path}: a calibration, which knows costs and no acceptance; give a recorded trace, and this one "
             "as its --cost"
         )
-    if requests.is_empty():
+    if not requests["n_proposed"].sum() and "probe" not in requests["arm"]:
         raise TracekitError(
             f"{trace.path}: no request in it drafted anything; record with --mode probe, or live with a "
             "policy that drafts"

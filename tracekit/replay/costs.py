@@ -23,11 +23,23 @@ from scipy.stats import theilslopes
 
 from tracekit.errors import TracekitError
 from tracekit.replay import kernel
-from tracekit.replay.robust import LEAST, cell_means, deviation, line, robust_mean, slopes, step_up
+from tracekit.replay.robust import (
+    LEAST,
+    cell_means,
+    deviation,
+    line,
+    members,
+    robust_mean,
+    slopes,
+    slowness_of,
+    step_up,
+    widened,
+)
 from tracekit.trace.store import TraceFile
 
 N_BOOT = 100
-_MORE = {"record": "record more prompts or tokens", "calibrate": "calibrate with more --blocks or --steps"}
+_OR = "or take the times of another trace with --cost"
+_MORE = {"record": f"record more prompts or tokens, {_OR}", "calibrate": "calibrate with more --blocks or --steps"}
 _FIXED = [kernel.LONG_CATCHUPS, kernel.LONG_CATCHUP_ROWS, kernel.PROMPT_CATCHUPS, kernel.PROMPT_CATCHUP_ROWS]
 
 
@@ -37,7 +49,8 @@ class CostModel:
 
     ``prices`` and ``no_mtp`` (the baseline without MTP): float64 ``[n_counts]``. ``boot`` and ``boot_no_mtp``: the
     same fitted to resampled requests, ``[n_boot, n_counts]``. ``cells``: what was measured, how often, and its
-    median. ``spread_ratio``: median absolute deviation of a step's measured time over its fitted one.
+    median. ``spread_ratio``: median absolute deviation of a step's measured time over its fitted one. ``most_tokens``:
+    in memory, of the steps measured; beyond that context is extrapolated.
     """
 
     n_max: int
@@ -48,6 +61,7 @@ class CostModel:
     cells: pl.DataFrame
     spread_ratio: float
     n_steps: int
+    most_tokens: int
 
     @property
     def id(self) -> str:
@@ -61,7 +75,7 @@ def fit(trace: TraceFile, n_max: int, n_boot: int = N_BOOT, seed: int = 0) -> Co
     """
     steps, drift = _Steps.read(trace, n_max).steadied(n_max)
     prices, no_mtp = steps.prices(n_max)
-    _price_long_catchups(trace, prices, n_max)
+    _price_long_catchups(steps.prompt_line, prices, n_max)
     rng = np.random.default_rng(seed)
     boot = []
     for _ in range(n_boot):
@@ -70,15 +84,17 @@ def fit(trace: TraceFile, n_max: int, n_boot: int = N_BOOT, seed: int = 0) -> Co
         priced[0][_FIXED] = prices[_FIXED]  # a line through a few dozen prompts; its uncertainty is not drawn
         boot.append((priced[0] * level, priced[1] * level))
     ratio = steps.wall / steps.fitted(prices, no_mtp, n_max)
+    of, of_no_mtp = zip(*boot, strict=True)
     return CostModel(
         n_max=n_max,
         prices=prices,
         no_mtp=no_mtp,
-        boot=np.array([b[0] for b in boot]),
-        boot_no_mtp=np.array([b[1] for b in boot]),
+        boot=widened(np.array(of), prices, len(drift)),
+        boot_no_mtp=widened(np.array(of_no_mtp), no_mtp, len(drift)),
         cells=steps.cells(),
         spread_ratio=deviation(ratio),
         n_steps=len(steps.wall),
+        most_tokens=int(steps.kv.max()),
     )
 
 
@@ -96,6 +112,7 @@ class _Steps:
 
     path: str
     advice: str  # where something is missing
+    prompt_line: tuple[float, float] | None  # microseconds of a prompt's catch-up in one batch: fixed, and per row
     block: np.ndarray  # consecutive requests of one prompt: close together in time
     mtp: np.ndarray
     kv: np.ndarray  # cells that attention read
@@ -150,15 +167,17 @@ class _Steps:
         )
         several = trace.frame("SELECT max((settings->>'n_slots')::INT) AS n FROM runs")["n"][0] > 1
         advice = alone if several and not calibration else _MORE[verb]
-        found = cls(str(trace.path), advice, **{c: frame[c].cast(pl.Float64).to_numpy() for c in frame.columns})
+        columns = {c: frame[c].cast(pl.Float64).to_numpy() for c in frame.columns}
+        found = cls(str(trace.path), advice, _prompt_line(trace), **columns)
         if (found.mtp == 0).sum() < LEAST:
-            baseline = alone if several else "record with --baseline"
+            baseline = alone if several else f"record with --baseline, {_OR}"
             raise TracekitError(f"{trace.path}: the baseline without MTP was not recorded; {baseline}")
         return found
 
     def take(self, chosen: np.ndarray) -> _Steps:
         """The steps at ``chosen`` (a mask or indices)."""
-        return _Steps(self.path, self.advice, *(getattr(self, f.name)[chosen] for f in fields(self)[2:]))
+        columns = (getattr(self, f.name)[chosen] for f in fields(self)[3:])
+        return _Steps(self.path, self.advice, self.prompt_line, *columns)
 
     def steadied(self, n_max: int) -> tuple[_Steps, np.ndarray]:
         """The steps as if the machine had run at its mean speed throughout, and how slow each block was (mean 1 over
@@ -168,12 +187,9 @@ class _Steps:
         its slowness is the median of measured over fitted time; fit and slowness are refined in turn.
         """
         blocks, slowness = self.block.astype(int), np.ones(int(self.block.max()) + 1)
-        steady = self
+        of_block, steady = members(blocks, len(slowness)), self
         for _ in range(3):
-            ratio = steady.wall / steady.fitted(*steady.prices(n_max), n_max)
-            for b in np.unique(blocks):
-                here = ratio[blocks == b]
-                slowness[b] *= np.median(here) if len(here) >= 4 * LEAST else 1.0
+            slowness *= slowness_of(steady.wall / steady.fitted(*steady.prices(n_max), n_max), of_block)
             slowness /= slowness[blocks].mean()
             steady = self.slowed(1 / slowness[blocks])
         return steady, slowness
@@ -212,12 +228,13 @@ class _Steps:
         on._price_target(prices, n_max, before[0])
         on._price_drafting(prices, n_max, before[0])
         on._price_host(prices)
-        if not len(off.wall):
-            return prices, before[1]
-        per_kv, reshape = prices[kernel.KV] + prices[kernel.KV_WIDTH], prices[kernel.RESHAPES]
-        no_mtp[kernel.KV], no_mtp[kernel.RESHAPES] = per_kv, reshape
-        no_mtp[kernel.STEPS] = robust_mean(off.wall - off.target)
-        no_mtp[_layout(n_max)[0]][1] = robust_mean(off.target - per_kv * off.kv - reshape * off.reshapes)
+        if len(off.wall):
+            per_kv, reshape = prices[kernel.KV] + prices[kernel.KV_WIDTH], prices[kernel.RESHAPES]
+            no_mtp[kernel.KV], no_mtp[kernel.RESHAPES] = per_kv, reshape
+            no_mtp[kernel.STEPS] = robust_mean(off.wall - off.target)
+            no_mtp[_layout(n_max)[0]][1] = robust_mean(off.target - per_kv * off.kv - reshape * off.reshapes)
+        else:
+            no_mtp = before[1]
         plain = [kernel.STEPS, kernel.TOKENS, kernel.N_SCALARS + 1]
         prices[kernel.OVER] = no_mtp[plain].sum() - prices[plain].sum()
         return prices, no_mtp
@@ -228,14 +245,18 @@ class _Steps:
         time = self.target - reshape * self.reshapes
         level, slope = slopes(self.kv, time, self.width)
         prices[kernel.RESHAPES], prices[kernel.KV], prices[kernel.KV_WIDTH] = reshape, level, slope
-        cells = cell_means(time - self.kv * (level + slope * self.width), self.width, n_max + 2)
-        prices[widths] = self._complete(cells, None if before is None else before[widths], "target batches of width")
+        time = time - self.kv * (level + slope * self.width)
+        known = None if before is None else before[widths]
+        prices[widths] = self._cells(time, self.width, n_max, known, "target batches of width")
 
     def _price_drafting(self, prices: np.ndarray, n_max: int, before: np.ndarray | None) -> None:
-        rounds = self.take(self.decodes > 0)
+        rounds, catchups = self.take(self.decodes > 0), _layout(n_max)[1]
         if not len(rounds.wall):
+            if before is not None:
+                for price in (catchups, kernel.DRAFT_RESHAPES, kernel.KV_DRAFT, kernel.DRAFT_DECODES):
+                    prices[price] = before[price]
             return
-        catchups, more = _layout(n_max)[1], rounds.take(rounds.decodes > 1)
+        more = rounds.take(rounds.decodes > 1)
         changed = (rounds.rows != rounds.rows_before).astype(float)
         reshape = step_up(rounds.first, changed, rounds.rows)
         per_kv = slopes(rounds.kv, rounds.first, rounds.rows)[0]
@@ -245,8 +266,8 @@ class _Steps:
             prices[kernel.DRAFT_DECODES] = robust_mean(each - per_kv * more.kv)
         known = None if before is None else before[catchups] + before[kernel.DRAFT_DECODES]
         time = rounds.first - per_kv * rounds.kv - reshape * changed
-        first = self._complete(cell_means(time, rounds.rows, n_max + 2), known, "catch-ups of rows")
-        prices[catchups] = first - prices[kernel.DRAFT_DECODES]
+        prices[catchups] = self._cells(time, rounds.rows, n_max, known, "catch-ups of rows", self.prompt_line)
+        prices[catchups] -= prices[kernel.DRAFT_DECODES]
 
     def _price_host(self, prices: np.ndarray) -> None:
         drafting = self.decodes > 0
@@ -255,19 +276,32 @@ class _Steps:
         prices[kernel.STEPS], prices[kernel.TOKENS] = idle + per_step, per_token
         prices[kernel.DRAFT_ROUNDS] = robust_mean(self.host[drafting]) - idle if drafting.any() else 0.0
 
-    def _complete(self, cells: np.ndarray, otherwise: np.ndarray | None, what: str) -> np.ndarray:
-        """``cells`` from 1 on, gaps closed between neighbours, made non-decreasing; an end must have been measured."""
-        cells = cells.copy()
+    def _cells(
+        self,
+        time: np.ndarray,
+        sizes: np.ndarray,
+        n_max: int,
+        otherwise: np.ndarray | None,
+        what: str,
+        beyond: tuple[float, float] | None = None,
+    ) -> np.ndarray:
+        """Mean ``time`` of every size from 1 to ``n_max + 1``, gaps closed between neighbours, made non-decreasing. An
+        end must have been measured; the upper one may lie before sizes on the line ``beyond``.
+        """
+        cells, counts = cell_means(time, sizes, n_max + 2), np.bincount(sizes.astype(int), minlength=n_max + 2)
         cells[0] = 0.0
         empty = np.isnan(cells)
         if otherwise is not None:
             cells[empty] = otherwise[empty]
-        elif empty[1] or empty[-1]:
-            missing = 1 if empty[1] else len(cells) - 1
-            raise TracekitError(f"{self.path}: {what} {missing} measured fewer than {LEAST} times; {self.advice}")
-        elif empty.any():
-            cells[empty] = np.interp(np.flatnonzero(empty), np.flatnonzero(~empty), cells[~empty])
-        cells[1:] = isotonic_regression(cells[1:]).x
+        else:
+            if empty[-1] and beyond is not None:
+                cells[-1] = beyond[0] + beyond[1] * (n_max + 1)
+            known = ~np.isnan(cells)
+            if not (known[1] and known[-1]):
+                missing = n_max + 1 if known[1] else 1
+                raise TracekitError(f"{self.path}: {what} {missing} measured fewer than {LEAST} times; {self.advice}")
+            cells[empty] = np.interp(np.flatnonzero(empty), np.flatnonzero(known), cells[known])
+        cells[1:] = isotonic_regression(cells[1:], weights=np.maximum(counts[1:], 1)).x
         return cells
 
     def fitted(self, prices: np.ndarray, no_mtp: np.ndarray, n_max: int) -> np.ndarray:
@@ -314,21 +348,26 @@ def measured_cells(parts: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> pl.Da
     return pl.concat(frames)
 
 
-def _price_long_catchups(trace: TraceFile, prices: np.ndarray, n_max: int) -> None:
-    """Rows beyond the table, a line through prompts caught up while they were read, alone and in one batch (or,
-    without any, the table's slope).
+def _prompt_line(trace: TraceFile) -> tuple[float, float] | None:
+    """Fixed and per-row microseconds of prompts caught up while they were read, alone and in one batch; None where too
+    few were.
     """
     rows = trace.frame(
         """SELECT n_ahead AS rows, catchup_us AS us
            FROM steps s JOIN verifications v USING (run, step) JOIN requests r USING (run, request)
            WHERE s.n_slots = 0 AND v.n_generated = 0 AND n_ahead = r.n_prompt"""
     )
+    if rows.height < LEAST or rows["rows"].n_unique() < 2:
+        return None
+    fitted = theilslopes(rows["us"].to_numpy(), rows["rows"].to_numpy())
+    return max(float(fitted.intercept), 0.0), max(float(fitted.slope), 0.0)
+
+
+def _price_long_catchups(prompt_line: tuple[float, float] | None, prices: np.ndarray, n_max: int) -> None:
+    """Rows beyond the table: the line of prompts' catch-ups or, without it, the table's slope."""
     edge = n_max + 1
     first = prices[_layout(n_max)[1]] + prices[kernel.DRAFT_DECODES]
-    per_row, fixed = (first[-1] - first[1]) / n_max, first[1]
-    if rows.height >= LEAST and rows["rows"].n_unique() > 1:
-        fitted = theilslopes(rows["us"].to_numpy(), rows["rows"].to_numpy())
-        per_row, fixed = max(float(fitted.slope), 0.0), max(float(fitted.intercept), 0.0)
+    fixed, per_row = prompt_line or (first[1], (first[-1] - first[1]) / n_max)
     prices[kernel.PROMPT_CATCHUPS], prices[kernel.PROMPT_CATCHUP_ROWS] = fixed, per_row
     prices[kernel.LONG_CATCHUP_ROWS] = per_row
     prices[kernel.LONG_CATCHUPS] = first[-1] - per_row * edge - prices[kernel.DRAFT_DECODES]

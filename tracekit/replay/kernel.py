@@ -186,13 +186,13 @@ def price(counts, cost):
     return total
 
 
-def walk_all(rows, shared, arrays, cost, out, detail):
+def walk_all(rows, shared, arrays, cost, times, detail):
     """Every request under every policy.
 
     ``rows`` float64 ``[n_policies, n_params]``; ``shared`` bool ``[n_policies]``: the state outlives its requests.
-    ``arrays``: the eight of :class:`~tracekit.replay.arrays.Positions`, in order. ``out`` float64 ``[n_policies,
-    n_requests, N_SCALARS + 1]`` gets the scalar counts and, last, the time in microseconds. ``detail`` int64
-    ``[n_policies, n_requests, n_counts]`` gets all counts, or is empty.
+    ``arrays``: the eight of :class:`~tracekit.replay.arrays.Positions`, in order. ``times`` float64 ``[n_policies,
+    n_requests]`` gets microseconds under ``cost``, ``detail`` int64 ``[n_policies, n_requests, n_counts]`` the counts;
+    either may be empty.
     """
     first, n_generated, n_prompt, max_tokens, n_ctx, match, known, probs = arrays
     counts = np.zeros(len(cost), np.int64)
@@ -216,8 +216,7 @@ def walk_all(rows, shared, arrays, cost, out, detail):
                 probs,
                 counts,
             )
-            for i in range(N_SCALARS):
-                out[k, r, i] = counts[i]
-            out[k, r, N_SCALARS] = price(counts, cost)
+            if times.size:
+                times[k, r] = price(counts, cost)
             if detail.size:
                 detail[k, r] = counts

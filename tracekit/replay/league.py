@@ -19,6 +19,8 @@ from tracekit.replay.serving import Serving
 from tracekit.trace.store import TraceFile
 
 _LEVELS = (0.025, 0.975)
+N_DRAWS = 1000  # of requests
+_CHUNK = 64  # policies whose counts are held at once
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,20 @@ class Interval:
     low: float
     high: float
 
+    def around(self, others: Sequence[Interval]) -> Interval:
+        """The same value, in an interval that holds the ``others`` too."""
+        return Interval(self.value, min(i.low for i in (self, *others)), max(i.high for i in (self, *others)))
+
 
 class League:
     """Positions and costs made ready: the bootstrap draws, and the three references every policy is held against.
 
     ``cost`` may come from another trace than the positions (*what if this workload ran there?*). ``trace``: where the
-    positions come from, None for made-up ones. ``serving``: over how many slots, which ``cost`` must be fitted for.
-    With several there is no clairvoyant optimum.
+    positions come from, and ``priced``: where the costs do, None for made-up ones. ``serving``: over how many slots,
+    which ``cost`` must be fitted for. With several there is no clairvoyant optimum.
+
+    Counts of policies are of the best estimate, or of each of the positions' fills where a method takes or returns
+    several: what a live trace does not know is bracketed.
     """
 
     def __init__(
@@ -43,17 +52,19 @@ class League:
         positions: Positions,
         cost: CostModel,
         trace: TraceFile | None = None,
+        priced: TraceFile | None = None,
         seed: int = 0,
         serving: Serving | None = None,
     ):
-        self.positions, self.cost, self.trace = positions, cost, trace
+        self.positions, self.cost, self.trace, self.priced = positions, cost, trace, priced
         self.serving = serving or Serving()
         rng = np.random.default_rng(seed)
-        n = self.positions.n_requests
-        self._draws = rng.multinomial(n, np.full(n, 1 / n), len(self.cost.boot))  # [n_boot, n_requests]
+        n, n_boot = self.positions.n_requests, len(self.cost.boot)
+        draws = rng.multinomial(n, np.full(n, 1 / n), n_boot * max(1, N_DRAWS // n_boot))
+        self._draws = draws.reshape(-1, n_boot, n)  # of each there is one with every draw of the costs
         self.tokens = self.serving.tokens(self.positions)
-        self._off = self._counts([rule("off")()])[0]
-        self.clairvoyant_us = clairvoyant_us(self.positions, self.cost) if self.serving.n_slots == 1 else None
+        self._off = self.counts([rule("off")()])[0]
+        self.clairvoyant_us = clairvoyant_us(self.positions.fills[-1], self.cost) if self.serving.n_slots == 1 else None
 
     @classmethod
     def of(
@@ -69,21 +80,26 @@ class League:
         recorded; ``wave``: :class:`~tracekit.replay.serving.Serving`'s. Raises
         :class:`~tracekit.errors.TracekitError` where the times do not tell enough.
         """
-        found, priced = positions_of(trace), times or trace
-        found = found if queue is None else found.queued(queue)
+        priced = times or trace
         serving = Serving.of(priced, Serving.of(trace, n_slots).n_slots, wave)
-        return cls(found, serving.fit(priced, found.n_max), trace, serving=serving)
-
-    def _counts(self, policies: Sequence[Policy], positions: Positions | None = None) -> np.ndarray:
-        return self.serving.counts(policies, positions or self.positions)
+        found = positions_of(trace, serving.shortest)
+        found = found if queue is None else found.queued(queue)
+        return cls(found, serving.fit(priced, found.n_max), trace, priced, serving=serving)
 
     def times(self, policies: Sequence[Policy]) -> np.ndarray:
-        """Predicted microseconds of every request under every policy: float64 ``[n_policies, n_requests]``."""
-        return self.serving.times(policies, self.answerable, self.cost.prices)
+        """Predicted microseconds of every request under every policy, the longest over the fills: float64
+        ``[n_policies, n_requests]``.
+        """
+        prices = self.cost.prices
+        return np.max([self.serving.times(policies, fill, prices) for fill in self.positions.fills], 0)
 
-    def counts(self, policies: Sequence[Policy]) -> np.ndarray:
+    def counts(self, policies: Sequence[Policy], fill: int = 0) -> np.ndarray:
         """What the cost model prices, of every policy and request: ``[n_policies, n_requests, n_counts]``."""
-        return self._counts(policies, self.answerable)
+        return self.serving.counts(policies, self.positions.fills[fill])
+
+    def filled_counts(self, policies: Sequence[Policy]) -> list[np.ndarray]:
+        """:meth:`counts` in each of the positions' fills."""
+        return [self.counts(policies, fill) for fill in range(len(self.positions.fills))]
 
     @property
     def no_mtp_us(self) -> np.ndarray:
@@ -93,6 +109,14 @@ class League:
     def no_mtp_speed(self) -> Interval:
         """Tokens per second without MTP."""
         return self._speed(self._off, self.cost.no_mtp, self.cost.boot_no_mtp)
+
+    @property
+    def warning(self) -> str:
+        """What one should know before trusting the prices; empty where there is nothing."""
+        longest, known = int((self.positions.n_prompt + self.positions.n_generated).max()), self.cost.most_tokens
+        if self.serving.n_slots > 1 or longest <= known:
+            return ""
+        return f"requests reach {longest} tokens, times were measured up to {known}: beyond, context is extrapolated"
 
     def clairvoyant_speed(self) -> float | None:
         """Tokens per second of the clairvoyant optimum, a bound; None with several slots."""
@@ -115,23 +139,15 @@ class League:
         is below 1 the interval spans what lies between no and every unknown draft being right. ``regret``: time lost
         against the clairvoyant optimum, over its time; None with several slots.
         """
-        known = self._counts(policies)
-        guesses = {fill: self._counts(policies, self.positions.guess(fill)) for fill in self._guesses(known)}
-        return pl.DataFrame([self._row(p, i, known, guesses) for i, p in enumerate(policies)])
+        rows = []
+        for start in range(0, len(policies), _CHUNK):
+            some = policies[start : start + _CHUNK]
+            rows += [self._row(*of) for of in zip(some, *self.filled_counts(some), strict=True)]
+        return pl.DataFrame(rows)
 
-    @staticmethod
-    def _guesses(known: np.ndarray) -> tuple[str, ...]:
-        return ("mean", "all") if known[:, :, kernel.INEXACT].any() else ()
-
-    def _row(self, policy: Policy, i: int, known: np.ndarray, guesses: dict[str, np.ndarray]) -> dict:
-        inexact = known[i, :, kernel.INEXACT].any()
-        best = guesses["mean"][i] if inexact else known[i]
-        speed, gain = self.speed(best), self.gain(best)
-        if inexact:
-            bounds = [self.speed(x) for x in (known[i], guesses["all"][i])]
-            gains = [self.gain(x) for x in (known[i], guesses["all"][i])]
-            speed = Interval(speed.value, min(b.low for b in bounds), max(b.high for b in bounds))
-            gain = Interval(gain.value, min(g.low for g in gains), max(g.high for g in gains))
+    def _row(self, policy: Policy, *filled: np.ndarray) -> dict:
+        best = filled[0]
+        speed, gain = self.speed(filled), self.gain(filled)
         total = best.sum(0)
         steps, drafted, accepted = (int(total[c]) for c in (kernel.STEPS, kernel.DRAFTED, kernel.ACCEPTED))
         verifications = int(total[kernel.VERIFICATIONS])
@@ -164,11 +180,6 @@ class League:
         names = np.array(self.positions.categories)
         return {c: names == c for c in sorted(set(self.positions.categories))}
 
-    @cached_property
-    def answerable(self) -> Positions:
-        """The positions with what a live trace does not know filled in as it is where it does; a probe trace's own."""
-        return self.positions.guess("mean")
-
     def inexact_fraction(self, policy: Policy) -> float:
         """Share of the policy's steps that the trace does not determine."""
         known = self.counts([policy])[0]
@@ -176,10 +187,10 @@ class League:
 
     def by_category(self, policy: Policy) -> pl.DataFrame:
         """One row per prompt category: tokens per second and speed-up against no MTP, each with its 95 % interval."""
-        known = self.counts([policy])[0]
+        filled = [counts[0] for counts in self.filled_counts([policy])]
         rows = []
         for category, member in self.members.items():
-            speed, gain, total = self.speed(known, member), self.gain(known, member), known[member].sum(0)
+            speed, gain, total = self.speed(filled, member), self.gain(filled, member), filled[0][member].sum(0)
             drafted = int(total[kernel.DRAFTED])
             rows.append(
                 {
@@ -191,11 +202,12 @@ class League:
             )
         return pl.DataFrame(rows)
 
-    def speed(self, known: np.ndarray, member: np.ndarray | None = None) -> Interval:
-        """Tokens per second of requests with counts ``known`` (int64 ``[n_requests, n_counts]``), of all or of
-        ``member`` ones.
+    def speed(self, filled: Sequence[np.ndarray], member: np.ndarray | None = None) -> Interval:
+        """Tokens per second of requests whose counts, int64 ``[n_requests, n_counts]``, are ``filled`` in each of the
+        fills, of all or of ``member`` ones.
         """
-        return self._speed(known, self.cost.prices, self.cost.boot, member)
+        first, *others = (self._speed(known, self.cost.prices, self.cost.boot, member) for known in filled)
+        return first.around(others)
 
     def speed_of_these(self, policy: Policy | None) -> Interval:
         """Tokens per second of exactly these requests under ``policy`` (None: no MTP); the interval is the cost
@@ -206,35 +218,39 @@ class League:
             (self.cost.no_mtp, self.cost.boot_no_mtp) if policy is None else (self.cost.prices, self.cost.boot)
         )
         total, tokens = known.sum(0), 1e6 * self.tokens.sum()
-        return Interval(
-            float(tokens / (total @ prices)), *(float(q) for q in np.quantile(tokens / (boot @ total), _LEVELS))
-        )
+        return _interval(tokens / (total @ prices), tokens / (boot @ total))
 
-    def gain(self, known: np.ndarray, member: np.ndarray | None = None) -> Interval:
+    def gain(self, filled: Sequence[np.ndarray], member: np.ndarray | None = None) -> Interval:
         """Speed-up against no MTP, as above; numerator and denominator share every draw."""
+        first, *others = (self._gain(known, member) for known in filled)
+        return first.around(others)
+
+    def _gain(self, known: np.ndarray, member: np.ndarray | None) -> Interval:
         chosen = slice(None) if member is None else member
         value = self.no_mtp_us[chosen].sum() / (known[chosen] @ self.cost.prices).sum()
         time = self._drawn_us(known, self.cost.boot, chosen)
-        ratio = self._drawn_us(self._off, self.cost.boot_no_mtp, chosen) / time
-        return Interval(float(value), *(float(q) for q in np.quantile(ratio, _LEVELS)))
+        return _interval(value, self._drawn_us(self._off, self.cost.boot_no_mtp, chosen) / time)
 
     def _speed(
         self, known: np.ndarray, prices: np.ndarray, boot: np.ndarray, member: np.ndarray | None = None
     ) -> Interval:
         chosen = slice(None) if member is None else member
         value = 1e6 * self.tokens[chosen].sum() / (known[chosen] @ prices).sum()
-        drawn = 1e6 * (self._drawn(chosen) @ self.tokens[chosen]) / self._drawn_us(known, boot, chosen)
-        return Interval(float(value), *(float(q) for q in np.quantile(drawn, _LEVELS)))
+        return _interval(value, 1e6 * (self._drawn(chosen) @ self.tokens[chosen]) / self._drawn_us(known, boot, chosen))
 
     def _drawn(self, chosen: np.ndarray | slice) -> np.ndarray:
         """How often each chosen request is in each draw; a draw without any of them counts them once each."""
-        draws = self._draws[:, chosen].astype(float)
-        draws[draws.sum(1) == 0] = 1.0
+        draws = self._draws[:, :, chosen].astype(float)
+        draws[draws.sum(2) == 0] = 1.0
         return draws
 
     def _drawn_us(self, known: np.ndarray, boot: np.ndarray, chosen: np.ndarray | slice) -> np.ndarray:
-        """Total time of each draw's requests under that draw's cost model."""
-        return ((self._drawn(chosen) @ known[chosen]) * boot).sum(1)
+        """Total time of each draw's requests under that draw's cost model: float64 ``[n, n_boot]``."""
+        return (self._drawn(chosen) * (boot @ known[chosen].T)).sum(2)
+
+
+def _interval(value: float, drawn: np.ndarray) -> Interval:
+    return Interval(float(value), *(float(q) for q in np.quantile(drawn, _LEVELS)))
 
 
 def _columns(speed: Interval, gain: Interval) -> dict[str, float]:

@@ -19,7 +19,7 @@ from tracekit.errors import TracekitError
 from tracekit.policy.rule import rule
 from tracekit.replay import link, lockstep
 from tracekit.replay.costs import N_BOOT, CostModel, measured_cells
-from tracekit.replay.robust import LEAST, deviation, pulled_in
+from tracekit.replay.robust import LEAST, deviation, members, pulled_in, slowness_of, widened
 from tracekit.trace.store import TraceFile
 
 Sizes = tuple[int, int, int, bool, int]  # tracekit.replay.serving.Serving.sizes
@@ -40,22 +40,21 @@ def fit(trace: TraceFile, n_max: int, sizes: Sizes, n_boot: int = N_BOOT, seed: 
     """
     steps = _Steps.read(trace, n_max, sizes)
     slowness = np.ones(steps.block.max() + 1)
+    of_block = members(steps.block, len(slowness))
     for _ in range(3):
         fitted = steps.slowed(1 / slowness).grams()
         prices = _prices([g.sum(0) for g in fitted], steps)
         ratio = steps.wall / (steps.counts @ prices)
-        for b in range(len(slowness)):
-            here = ratio[steps.block == b]
-            slowness[b] = np.median(here) if len(here) >= 4 * LEAST else 1.0
+        slowness = slowness_of(ratio, of_block)
         slowness /= slowness[steps.block].mean()
     ratio /= slowness[steps.block]
     rng, boot = np.random.default_rng(seed), []
-    of_block = np.bincount(steps.block, minlength=len(slowness))
+    n_steps = np.array([len(b) for b in of_block])
     for _ in range(n_boot):
         times = np.bincount(rng.integers(0, len(slowness), len(slowness)), minlength=len(slowness))
-        level = (times * of_block * slowness).sum() / (times * of_block).sum()
+        level = (times * n_steps * slowness).sum() / (times * n_steps).sum()
         boot.append(level * _prices([np.tensordot(times, g, 1) for g in fitted], steps))
-    boot = np.array(boot)
+    boot = widened(np.array(boot), prices, len(slowness))
     return CostModel(
         n_max=n_max,
         prices=prices,
@@ -65,6 +64,7 @@ def fit(trace: TraceFile, n_max: int, sizes: Sizes, n_boot: int = N_BOOT, seed: 
         cells=steps.cells(),
         spread_ratio=deviation(ratio),
         n_steps=len(steps.wall),
+        most_tokens=int((steps.frame["n_past"] + steps.frame["n_tokens"]).max()),
     )
 
 
@@ -148,8 +148,7 @@ class _Steps:
             weighted, aim = x * w[:, None], pulled * w
             fitted = x @ _solve(np.vstack((weighted.T @ weighted, aim @ weighted)))
             pulled = fitted * pulled_in(y / np.maximum(fitted, 1e-9))
-        for b in np.unique(block):
-            rows = block == b
+        for b, rows in enumerate(members(block, len(out))):
             out[b, :-1], out[b, -1] = weighted[rows].T @ weighted[rows], aim[rows] @ weighted[rows]
         return out
 

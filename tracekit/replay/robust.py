@@ -36,6 +36,24 @@ def cell_means(times: np.ndarray, keys: np.ndarray, size: int) -> np.ndarray:
     return cells
 
 
+def members(keys: np.ndarray, n: int) -> list[np.ndarray]:
+    """Where each of the keys 0 .. ``n - 1`` is in ``keys``: indices, ascending."""
+    order = np.argsort(keys, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(keys, minlength=n))[:-1])
+
+
+def slowness_of(ratio: np.ndarray, blocks: list[np.ndarray]) -> np.ndarray:
+    """Median of measured over fitted time in each of the ``blocks``; 1 where too few steps tell."""
+    return np.array([np.median(ratio[b]) if len(b) >= 4 * LEAST else 1.0 for b in blocks])
+
+
+def widened(draws: np.ndarray, centre: np.ndarray | float, n: int) -> np.ndarray:
+    """Bootstrap ``draws`` of something estimated from ``n`` independent parts, their spread as wide as that of the
+    estimate: drawing from few parts has a variance too small by ``(n - 1) / n``. With one part it has none.
+    """
+    return centre + (draws - centre) * np.sqrt(n / max(1, n - 1))
+
+
 def step_up(y: np.ndarray, flag: np.ndarray, keys: np.ndarray) -> float:
     """How much more ``y`` is where ``flag`` is 1: differences of medians at equal ``key``, averaged; never negative."""
     found, weight = [], []

@@ -10,7 +10,7 @@ import numpy as np
 
 from tracekit.errors import TracekitError
 from tracekit.policy.rule import Policy
-from tracekit.replay import costs, kernel, lockstep, lockstep_costs, simulate
+from tracekit.replay import costs, lockstep, lockstep_costs, simulate
 from tracekit.replay.arrays import Positions
 from tracekit.replay.costs import CostModel
 from tracekit.trace.store import TraceFile
@@ -42,6 +42,11 @@ class Serving:
         return cls(most, last["n_batch"], last["n_ubatch"], last.get("kv_unified", False) and most > 1, wave)
 
     @property
+    def shortest(self) -> int:
+        """Tokens of the shortest request whose time counts: on one slot time starts with the second."""
+        return 2 if self.n_slots == 1 else 1
+
+    @property
     def sizes(self) -> lockstep_costs.Sizes:
         """What the simulator takes."""
         return self.n_slots, self.n_batch, self.n_ubatch, self.kv_unified, self.wave or 1 << 62
@@ -54,7 +59,7 @@ class Serving:
 
     def tokens(self, positions: Positions) -> np.ndarray:
         """Tokens of each request that its time brings, float64 ``[n_requests]``."""
-        return (positions.n_generated - (self.n_slots == 1)).astype(float)
+        return (positions.n_generated + 1 - self.shortest).astype(float)
 
     def counts(self, policies: Sequence[Policy], positions: Positions) -> np.ndarray:
         """Everything a :class:`CostModel` of :meth:`fit` prices: ``[n_policies, n_requests, n_counts]``, scalars as in
@@ -77,7 +82,7 @@ class Serving:
         :meth:`counts`.
         """
         if self.n_slots == 1:
-            return simulate.totals(policies, positions, prices)[:, :, kernel.N_SCALARS]
+            return simulate.times(policies, positions, prices)
         return self.counts(policies, positions) @ prices
 
     def rounds(self, policy: Policy, positions: Positions) -> list[list[tuple[int, int]]]:

@@ -13,6 +13,7 @@ from tracekit.replay import kernel, link
 from tracekit.replay.arrays import Positions
 
 _CHUNK_BYTES = 32 << 20
+_NO_TIMES = np.zeros((0, 0))
 
 
 def arrays_of(p: Positions) -> tuple[np.ndarray, ...]:
@@ -20,18 +21,15 @@ def arrays_of(p: Positions) -> tuple[np.ndarray, ...]:
     return p.first, p.n_generated, p.n_prompt, p.max_tokens, p.n_ctx, p.match, p.known, p.probs
 
 
-def totals(policies: Sequence[Policy], positions: Positions, cost: np.ndarray) -> np.ndarray:
-    """Scalar counts and time of every policy on every request: float64 ``[n_policies, n_requests, N_SCALARS + 1]``,
-    time last.
+def times(policies: Sequence[Policy], positions: Positions, cost: np.ndarray) -> np.ndarray:
+    """Microseconds of every policy on every request: float64 ``[n_policies, n_requests]``.
 
-    ``cost``: microseconds per count. Counts alone: :func:`counts`. Raises :class:`TracekitError` for a policy the
-    trace cannot answer.
+    ``cost``: microseconds per count. Raises :class:`TracekitError` for a policy the trace cannot answer.
     """
-    out = np.empty((len(policies), positions.n_requests, kernel.N_SCALARS + 1))
-    nothing = np.zeros((0, 0, 0), np.int64)
+    out, no_counts = np.empty((len(policies), positions.n_requests)), np.zeros((0, 0, 0), np.int64)
     for run, chosen, rows, shared in by_rule(policies, positions, out[0].nbytes):
-        part = np.empty((len(chosen), *out.shape[1:]))
-        run(rows, shared, arrays_of(positions), cost, part, nothing)
+        part = np.empty((len(chosen), positions.n_requests))
+        run(rows, shared, arrays_of(positions), cost, part, no_counts)
         out[chosen] = part
     return out
 
@@ -43,16 +41,9 @@ def counts(policies: Sequence[Policy], positions: Positions) -> np.ndarray:
     size = kernel.n_counts(positions.n_max)
     out = np.empty((len(policies), positions.n_requests, size), np.int64)
     for run, chosen, rows, shared in by_rule(policies, positions, out[0].nbytes):
-        detail = np.empty((len(chosen), *out.shape[1:]), np.int64)
-        run(
-            rows,
-            shared,
-            arrays_of(positions),
-            np.zeros(size),
-            np.empty((*detail.shape[:2], kernel.N_SCALARS + 1)),
-            detail,
-        )
-        out[chosen] = detail
+        part = np.empty((len(chosen), *out.shape[1:]), np.int64)
+        run(rows, shared, arrays_of(positions), np.zeros(size), _NO_TIMES, part)
+        out[chosen] = part
     return out
 
 
@@ -76,12 +67,11 @@ def rounds(policy: Policy, positions: Positions) -> list[list[tuple[int, int]]]:
     module.walk, module.learn = walking, listening
     try:
         size = kernel.n_counts(positions.n_max)
-        out = np.empty((1, positions.n_requests, kernel.N_SCALARS + 1))
-        shared = np.array([policy.scope == "engine"])
-        module.run(rows_of([policy]), shared, arrays_of(positions), np.zeros(size), out, np.zeros((0, 0, 0), np.int64))
+        counted, shared = np.empty((1, positions.n_requests, size), np.int64), np.array([policy.scope == "engine"])
+        module.run(rows_of([policy]), shared, arrays_of(positions), np.zeros(size), _NO_TIMES, counted)
     finally:
         module.walk, module.learn = walk, learn
-    steps = out[0, :, kernel.STEPS].astype(int)
+    steps = counted[0, :, kernel.STEPS]
     return [of + [(0, 0)] * (n - len(of)) for of, n in zip(found, steps, strict=True)]  # after NEVER nothing is learnt
 
 

@@ -105,8 +105,8 @@ def verdict_chart(rows: pl.DataFrame) -> alt.FacetChart:
             "arm",
             pl.lit(kind).alias("kind"),
             value=pl.col(kind),
-            low=pl.col(f"{kind}_low"),
-            high=pl.col(f"{kind}_high"),
+            low=pl.col(f"{kind}_low").cast(pl.Float64),
+            high=pl.col(f"{kind}_high").cast(pl.Float64),
         )
         for kind in ("predicted", "measured")
     ]

@@ -15,8 +15,12 @@ if TYPE_CHECKING:
 
 
 def interval(row: dict[str, Any], name: str, digits: int) -> str:
-    """``12.3 (11.9 - 12.8)`` from the columns ``name``, ``name_low`` and ``name_high``."""
+    """``12.3 (11.9 - 12.8)`` from the columns ``name``, ``name_low`` and ``name_high``; without them what was seen
+    once.
+    """
     low, high = row[f"{name}_low"], row[f"{name}_high"]
+    if low is None:
+        return f"{row[name]:.{digits}f} (once)"
     return f"{row[name]:.{digits}f} ({low:.{digits}f} - {high:.{digits}f})"
 
 
@@ -121,7 +125,7 @@ def league_note(league: League) -> str:
         f"{p.n_requests} requests, {int(league.tokens.sum())} tokens, {p.mode} trace; times from "
         f"{league.cost.n_steps} steps "
         f"(cost model {league.cost.id}, step spread {100 * league.cost.spread_ratio:.1f} %); counts are exact "
-        f"where 'exact' says 100 %.{together}"
+        f"where 'exact' says 100 %.{together}" + (f" Warning: {league.warning}." if league.warning else "")
     )
 
 

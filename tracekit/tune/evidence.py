@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from tracekit.policy.evidence import Alternative, Evidence
 from tracekit.policy.file import PolicyFile
 from tracekit.policy.rule import Policy, rule
 from tracekit.replay.league import Interval, League
-from tracekit.tune.search import Progress, Search, held_out_counts, search, without
+from tracekit.tune.search import Progress, Search, held_out_counts, search, worst_slowdown
 
 
 def tune(
@@ -25,31 +26,32 @@ def tune(
 ) -> PolicyFile:
     """The best safe policy in ``space`` on the trace of ``league``, with its evidence.
 
-    It is ``off`` unless the speed-up on requests the choice was not made on is above 1 with its whole 95 % interval.
+    It is ``off`` unless the speed-up on requests the choice was not made on is above 1 with its whole 95 % interval,
+    which on a live trace spans what is not known.
     """
     found = search(league, space, max_slowdown, folds, seed, progress)
-    known = held_out_counts(league, found)
-    gain = league.gain(known)
-    if found.chosen and gain.low <= 1:
-        found, known = without(found), held_out_counts(league, found)
-    if found.chosen:
-        speed, categories = league.speed(known), {c: league.gain(known, m) for c, m in league.members.items()}
+    filled = held_out_counts(league, found)
+    gain = league.gain(filled)
+    if found.chosen and gain.low > 1:
+        speed, categories = league.speed(filled), {c: league.gain(filled, m) for c, m in league.members.items()}
     else:
+        found = replace(found, chosen=0)
         speed, gain = league.no_mtp_speed(), Interval(1.0, 1.0, 1.0)
         categories = {c: gain for c in league.members}
     worst = min(categories, key=lambda c: categories[c].value)
-    run = league.trace.runs.row(0, named=True)
-    inexact = league.inexact_fraction(found.policy)
+    run, priced = league.trace.runs.row(0, named=True), league.priced.runs.row(0, named=True)
+    exact = 1 - league.inexact_fraction(found.policy)
     return PolicyFile(
         found.policy,
         Evidence(
-            advice=_advice(found.policy, gain, worst, categories[worst], league),
+            advice=_advice(found.policy, gain, worst, categories[worst], exact, league),
             tracekit_version=tracekit.__version__,
             trace=Path(league.trace.path).name,
             trace_id=league.trace.trace_id,
             model_sha256=run["model_sha256"],
             model_desc=run["model_desc"],
-            device=run["device"],
+            device=priced["device"],
+            priced_by=Path(league.priced.path).name,
             cost_model=league.cost.id,
             n_slots=league.serving.n_slots,
             n_requests=league.positions.n_requests,
@@ -66,7 +68,7 @@ def tune(
             speedup_high=round(gain.high, 4),
             worst_category=worst,
             worst_category_speedup=round(categories[worst].value, 4),
-            exact_fraction=round(1 - inexact, 4),
+            exact_fraction=round(exact, 4),
             alternatives=_alternatives(league, found, max_slowdown),
         ),
     )
@@ -94,9 +96,10 @@ def _alternatives(league: League, found: Search, max_slowdown: float) -> tuple[A
     policies = [
         p for p in dict.fromkeys([*references(league).values(), *runners_up]) if p not in (found.policy, rule("off")())
     ]
-    for policy, row in zip(policies, league.table(policies).iter_rows(named=True), strict=True):
+    rows = league.table(policies).iter_rows(named=True)
+    for policy, row, time in zip(policies, rows, league.times(policies), strict=True):
         speed = Interval(row["tokens_per_second"], row["tokens_per_second_low"], row["tokens_per_second_high"])
-        safe = league.by_category(policy)["speedup"].min() >= 1 / (1 + max_slowdown)
+        safe = worst_slowdown(league, time) <= max_slowdown
         out.append(_alternative(policy.label, speed, row["speedup"], safe))
     return tuple(out)
 
@@ -112,13 +115,19 @@ def _alternative(label: str, speed: Interval, gain: float, safe: bool) -> Altern
     )
 
 
-def _advice(policy: Policy, gain: Interval, worst: str, worst_gain: Interval, league: League) -> str:
+def _advice(policy: Policy, gain: Interval, worst: str, worst_gain: Interval, exact: float, league: League) -> str:
     n_slots = league.serving.n_slots
     n = f"n = {league.positions.n_requests} requests{f' over {n_slots} slots' if n_slots > 1 else ''}, held out"
+    live = league.positions.mode == "live"
     if policy == rule("off")():
-        return f"Do not speculate with this model on prompts like these: no policy was safely faster than no MTP ({n})."
+        return (
+            f"Do not speculate with this model on prompts like these: no policy was safely faster than no MTP ({n})."
+            + (" A live trace knows little but its own policy; --mode probe records what answers every one." * live)
+        )
     return (
         f"Speculate with {policy}: {gain.value:.2f} x the speed of no MTP ({gain.low:.2f} to {gain.high:.2f}, "
         f"95 %, {n}); "
         f"at worst {worst_gain.value:.2f} x, on {worst} prompts."
+        + (f" The trace knows {100 * exact:.0f} % of its steps; the interval spans the rest." if exact < 1 else "")
+        + (f" But {league.warning}." if league.warning else "")
     )

@@ -5,7 +5,7 @@ requests it was not chosen on.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -51,9 +51,10 @@ def search(
 ) -> Search:
     """Search ``space`` on the requests of ``league``. Raises :class:`TracekitError` with fewer requests than folds.
 
-    In every fold the selection sees the other requests only. Where the policies so chosen slow a category of held-out
-    requests by more than ``max_slowdown``, the selection is made stricter and repeated; a search that finds nothing
-    safe returns ``off``.
+    In every fold the selection sees the other requests only (what it selects from, the grid refined around the best of
+    all requests, is common). Where the policies so chosen slow a category of held-out requests by more than
+    ``max_slowdown``, the selection is made stricter and repeated; a search that finds nothing safe returns ``off``.
+    On a live trace a request takes the longest time that what is not known allows.
     """
     n = league.positions.n_requests
     if not 0 <= max_slowdown < 1:
@@ -65,11 +66,9 @@ def search(
     fold = _folds(league.positions.categories, folds, seed)
     for fraction in _FRACTIONS:
         best = _ranked(league, times, np.ones(n, bool), max_slowdown)[:_REFINED]
-        fresh = [
-            p
-            for p in neighbours([policies[i] for i in best], space, league.positions.n_max, fraction)
-            if p not in set(policies)
-        ]
+        known = set(policies)
+        beside = neighbours([policies[i] for i in best], space, league.positions.n_max, fraction)
+        fresh = [p for p in beside if p not in known]
         if fresh:
             policies = policies + fresh
             times = np.concatenate((times, _times(league, fresh, None)))
@@ -79,7 +78,7 @@ def search(
         for k in range(folds):
             held_out[fold == k] = _ranked(league, times, fold != k, allowed)[0]
         chosen = int(_ranked(league, times, np.ones(n, bool), allowed)[0])
-        excess = _worst_slowdown(league, times[held_out, np.arange(n)]) - max_slowdown
+        excess = worst_slowdown(league, times[held_out, np.arange(n)]) - max_slowdown
         if excess <= 0 or chosen == 0:
             return Search(policies, times, chosen, held_out, allowed)
         allowed -= excess
@@ -122,18 +121,15 @@ def _ranked(league: League, times: np.ndarray, seen: np.ndarray, allowed: float)
     return np.argsort(total, kind="stable")[: int(safe.sum())]
 
 
-def _worst_slowdown(league: League, time: np.ndarray) -> float:
-    """The largest slowdown against no MTP over the categories, of per-request times."""
+def worst_slowdown(league: League, time: np.ndarray) -> float:
+    """The largest slowdown against no MTP over the categories, of times float64 ``[n_requests]``."""
     return max(float(time[m].sum() / league.no_mtp_us[m].sum() - 1) for m in league.members.values())
 
 
-def held_out_counts(league: League, found: Search) -> np.ndarray:
-    """Counts of each request under the policy chosen without it: int64 ``[n_requests, n_counts]``."""
+def held_out_counts(league: League, found: Search) -> list[np.ndarray]:
+    """Counts of each request under the policy chosen without it, in each of the positions' fills: int64 ``[n_requests,
+    n_counts]``.
+    """
     used = sorted(set(found.held_out.tolist()))
-    per_policy = league.counts([found.policies[i] for i in used])
-    return per_policy[np.searchsorted(used, found.held_out), np.arange(league.positions.n_requests)]
-
-
-def without(found: Search) -> Search:
-    """The same search with ``off`` recommended after all."""
-    return replace(found, chosen=0)
+    chosen = np.searchsorted(used, found.held_out), np.arange(league.positions.n_requests)
+    return [counts[chosen] for counts in league.filled_counts([found.policies[i] for i in used])]

@@ -1,0 +1,97 @@
+"""What a live trace does not know: bracketed in every number, and never recommended on a guess."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tracekit
+from tracekit.policy.spec import parse, parse_one
+from tracekit.replay.arrays import Positions
+from tracekit.replay.league import League
+from tracekit.replay.simulate import rounds
+from tracekit.trace.store import open_trace
+from tracekit.tune.evidence import tune
+from tracekit.tune.space import default_space
+
+TRACES = Path(__file__).parent.parent / "traces"
+RECORDED = ("fallback:n_max=8,min_ratio=0.3,resume_after=16", "static:n_max=4", "fallback:n_max=8,scope=engine")
+POLICIES = parse("off,static:n_max=1..4/1,static:n_max=4,p_min=0.3,0.6,fallback:n_max=4,min_ratio=0.3,0.75")
+
+
+def seen_under(policy: str, probe: Positions) -> Positions:
+    """What a live trace of ``policy`` knows of the requests in ``probe``."""
+    match, known = np.zeros_like(probe.match), np.zeros_like(probe.known)
+    for first, steps in zip(probe.first, rounds(parse_one(policy), probe), strict=True):
+        at = first
+        for drafted, accepted in steps:
+            match[at], known[at] = accepted, 255 if accepted < drafted else drafted
+            at += accepted + 1
+            if at >= len(match):
+                break
+    return replace(probe, match=match, known=known, probs=np.full_like(probe.probs, -1.0), mode="live")
+
+
+@pytest.fixture(scope="module")
+def truth() -> League:
+    """The league of a probe trace, which knows every position."""
+    return tracekit.open(TRACES / "reference-aligned-probe.duckdb").league
+
+
+@pytest.mark.parametrize("recorded", RECORDED)
+def test_intervals_hold_the_truth(truth, recorded):
+    """Whatever policy was recorded live, every other's interval spans what a probe finds, ``p_min`` included."""
+    live = League(seen_under(recorded, truth.positions), truth.cost, truth.trace, truth.priced)
+    told, true = live.table(POLICIES), truth.table(POLICIES)
+    assert (told["speedup_low"] <= true["speedup"] + 1e-9).all()
+    assert (told["speedup_high"] >= true["speedup"] - 1e-9).all()
+    assert (
+        told.filter(told["exact_fraction"] == 1)["drafted"] == true.filter(told["exact_fraction"] == 1)["drafted"]
+    ).all()
+    assert (told["regret"] >= 0).all()
+    assert live.clairvoyant_speed() >= truth.clairvoyant_speed()
+    by = live.by_category(parse_one("static:n_max=3"))
+    held = truth.by_category(parse_one("static:n_max=3"))["speedup"]
+    assert ((by["speedup_low"] <= held) & (held <= by["speedup_high"])).all()
+
+
+@pytest.mark.parametrize("recorded", RECORDED)
+def test_tune_recommends_no_guess(truth, recorded):
+    """What is recommended on a live trace is faster than no MTP in truth, or it is ``off``."""
+    live = League(seen_under(recorded, truth.positions), truth.cost, truth.trace, truth.priced)
+    found = tune(live, default_space())
+    if found.policy.name == "off":
+        assert "--mode probe" in found.evidence.advice
+        return
+    assert truth.table([found.policy])["speedup"][0] > 1
+    assert truth.by_category(found.policy)["speedup"].min() >= 1 / 1.02
+    assert found.evidence.exact_fraction == 1 or "the interval spans the rest" in found.evidence.advice
+
+
+def test_requests_that_never_drafted_belong_to_the_workload(truth):
+    """A trip that outlives its request leaves others without a draft; they take their time all the same."""
+    seen = seen_under("fallback:n_max=8,scope=engine", truth.positions)
+    assert seen.n_requests == truth.positions.n_requests
+    policy = parse_one("fallback:n_max=8,scope=engine")
+    live = League(seen, truth.cost, truth.trace, truth.priced).table([policy])
+    assert live.drop("regret").equals(truth.table([policy]).drop("regret"))
+
+
+@pytest.mark.parametrize("trace", sorted(TRACES.glob("*.duckdb")), ids=lambda p: p.stem)
+def test_shipped_traces_replay_at_their_own_costs(trace):
+    """Every trace that ships prices itself, that of a drafter that is never right too."""
+    league = League.of(open_trace(trace))
+    table = league.table(league.usual_policies())
+    assert (table["tokens_per_second"] > 0).all()
+    assert table["exact_fraction"][0] == 1
+
+
+def test_context_beyond_what_was_timed_is_said(truth):
+    """Prices of a short context applied to a long one: the league warns, and so does a recommendation."""
+    long = replace(truth.positions, n_prompt=truth.positions.n_prompt + 60_000, n_ctx=truth.positions.n_ctx + 60_000)
+    league = League(long, truth.cost, truth.trace, truth.priced)
+    assert "times were measured up to 512" in league.warning
+    assert not truth.warning

@@ -106,7 +106,8 @@ def test_passes_over_the_weights(rows, unified, passes):
 
 def test_steps_equal_the_live_engines(several, models, tmp_path):
     """For every policy: each request's (drafted, accepted) and everything that is counted of the run's steps equal what
-    the live engine did and recorded, with chunks of prompts beside generation and states that slots share.
+    the live engine did and recorded, with chunks of prompts beside generation, states that slots share, and a request
+    that ends with its first token.
     """
     chosen, path = several
     by_slots = tmp_path / "by_slots.py"  # drafts less the more slots generate
@@ -114,8 +115,10 @@ def test_steps_equal_the_live_engines(several, models, tmp_path):
     assert "now.n_active" in by_slots.read_text()
     trace = open_trace(path)
     wanted = requests(per_category=2)
-    p = positions(trace).queued([r.prompt_id for r in wanted])
+    p = positions(trace, shortest=1).queued([r.prompt_id for r in wanted])
     assert p.n_requests == len(wanted)
+    wanted[2] = replace(wanted[2], max_tokens=1)
+    p.n_generated[2] = p.max_tokens[2] = 1
     serving = Serving.of(trace)
     assert serving == Serving(N_SLOTS, 64, 64, chosen.kv_unified)
     for i, text in enumerate((*POLICIES, f"{by_slots}:n_max=6")):

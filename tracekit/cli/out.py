@@ -38,7 +38,7 @@ def print_finding(finding: Finding, title: str, file: TextIO | None = None) -> N
 
 
 def finding_json(finding: Finding) -> dict[str, Any]:
-    """The same as plain values."""
+    """What a study came to, as plain values."""
     tuned = {"policy": finding.tuned.policy.label} | finding.tuned.evidence.model_dump(mode="json")
     return {"name": finding.name, "tuned": tuned, "verdict": finding.verdict.as_json()}
 

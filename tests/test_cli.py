@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+from typer.main import get_command
+
+from tracekit.cli.app import app
 
 from .conftest import N_MAX
 
@@ -77,15 +82,28 @@ VERBS = {
 }
 
 
+def commands() -> dict[str, Any]:
+    """Every verb and subverb (``model build``) as the command line knows it."""
+    found = {}
+    for name, command in get_command(app).commands.items():
+        below = getattr(command, "commands", None)
+        found |= {f"{name} {sub}": of for sub, of in below.items()} if below else {name: command}
+    return found
+
+
+COMMANDS = commands()
+
+
 def test_help_lists_every_verb():
-    """Every verb is listed with a sentence, and every option of every verb says what it does."""
+    """Every verb is listed with a sentence, every argument and option says what it does, and every verb has --json."""
     listed = tracekit("--help").stdout
-    assert all(f"  {verb} " in listed for verb in VERBS)
-    for verb in sorted(VERBS - {"model"}):
-        lines = tracekit(verb, "--help").stdout.splitlines()
-        options = [line for line in lines if line.strip().startswith("--") or line.strip().startswith("-o")]
-        assert options
-        assert lines[2].strip()
+    assert all(re.search(rf"^  {verb} +\w", listed, re.MULTILINE) for verb in VERBS)
+    assert {name.split()[0] for name in COMMANDS} == VERBS
+    for name, command in COMMANDS.items():
+        assert command.help, name
+        for parameter in command.params:
+            assert parameter.help, f"{name} {parameter.name}"
+        assert "--json" in tracekit(*name.split(), "--help").stdout
 
 
 def test_every_engine_option_changes_the_settings():
@@ -416,8 +434,12 @@ def test_demo_runs_the_whole_loop(tmp_path):
     (folder / "misaligned.json").write_text("[]")
     assert "not a verdict" in tracekit("demo", *options, "--resume", code=2).stderr
     (folder / "misaligned.json").unlink()
-    again = tracekit("demo", *options, "--resume")
+    again = tracekit("demo", *options, "--resume", "--json")
     assert "recording" not in again.stderr
+    heads = json.loads(again.stdout)
+    assert [head["name"] for head in heads] == ["aligned", "misaligned"]
+    assert heads[1]["tuned"]["policy"] == "off"
+    assert all(head["verdict"] == json.loads((folder / f"{head['name']}.json").read_text()) for head in heads)
     assert again.stderr.count("verifying") == 1
     changed = {name for name, at in before.items() if (folder / name).stat().st_mtime_ns != at}
     assert changed == {"misaligned.json"}

@@ -15,6 +15,8 @@ from nbclient import NotebookClient
 import tracekit
 from tracekit.policy.rule import shipped
 
+from .test_cli import COMMANDS, VERBS
+
 ROOT = Path(__file__).parent.parent
 TRACES = sorted((ROOT / "traces").glob("*.duckdb"))
 README = (ROOT / "README.md").read_text()
@@ -22,12 +24,24 @@ README = (ROOT / "README.md").read_text()
 
 def test_readme_names_every_verb_and_policy():
     """Every verb and every policy is in the README, and nothing that does not exist."""
-    from .test_cli import VERBS
-
     named = set(re.findall(r"\btracekit ([a-z]+)\b", README))
     assert named - {"is", "decides"} <= VERBS
     assert named >= VERBS
     assert all(f"`{rule.name}`" in README for rule in shipped())
+
+
+def test_documented_options_exist():
+    """Every option that a command in the docs gives is one of its verb's."""
+    found = 0
+    for path in (ROOT / "README.md", *ROOT.glob("*/*.md")):
+        text = path.read_text().replace("\\\n", " ")
+        for verb, given in re.findall(r"\btracekit ((?:model )?[a-z]+)([^\n`#|]*)", text):
+            if verb in COMMANDS:
+                known = {o for p in COMMANDS[verb].params for o in (*p.opts, *p.secondary_opts)} | {"-h", "--help"}
+                options = re.findall(r"(?<=\s)--?[a-z][a-z-]*", given)
+                assert set(options) <= known, f"{path.name}: tracekit {verb}{given}"
+                found += len(options)
+    assert found > 30
 
 
 def _commands(kind: str) -> list[str]:
@@ -69,6 +83,23 @@ def test_shipped_traces_are_whole(path):
     assert path.name in (ROOT / "traces" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("path", TRACES, ids=lambda p: p.name)
+def test_shipped_traces_replay(path):
+    """At the probe's costs every usual policy has a speed, exact in a probe; a live trace's own policy comes out as it
+    ran.
+    """
+    trace = tracekit.open(path, cost=path.with_name(path.name.replace("live", "probe")))
+    rows = trace.replay(trace.league.usual_policies())
+    assert (rows["tokens_per_second_low"] > 0).all()
+    if trace.file.runs["mode"][0] == "probe":
+        assert (rows["exact_fraction"] == 1).all()
+        return
+    row = trace.replay(trace.file.runs["policy"][0]).row(0, named=True)
+    assert row["exact_fraction"] == 1
+    ran = trace.sql("SELECT sum(drafted)::INT, sum(accepted)::INT FROM summary WHERE arm = 'live'").row(0)
+    assert (row["drafted"], row["accepted"]) == ran
+
+
 def test_four_traces_ship():
     """Aligned and misaligned, probe and live."""
     assert {p.stem for p in TRACES} == {
@@ -97,7 +128,9 @@ def test_notebooks_run(path):
 
 def test_library_front_matches_its_docstring():
     """Everything the package exports can be imported, and is documented."""
-    for name in tracekit.__all__:
+    for name in dir(tracekit):
         assert getattr(tracekit, name) is not None
         if name != "__version__":
-            assert getattr(tracekit, name).__doc__
+            doc = getattr(tracekit, name).__doc__
+            assert doc, name
+            assert not doc.startswith(f"{name}("), f"{name}: a dataclass writes this itself where there is no docstring"

@@ -28,7 +28,8 @@ _PLACES = {
     "Settings": "tracekit.engine",
     "Probe": "tracekit.engine",
 }
-__all__ = ["__version__", *_PLACES]
+# `from tracekit import *` leaves Python's own open alone
+__all__ = ["__version__", *(name for name in _PLACES if name != "open")]
 
 
 def __getattr__(name: str) -> Any:
@@ -38,4 +39,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return ["__version__", *_PLACES]

@@ -28,6 +28,7 @@ def campaign(
     gpu_layers: options.GpuLayers = -1,
     threads: options.Threads = 0,
     force: options.Force = False,
+    json: options.Json = False,
 ) -> None:
     """Build models of production-like sizes here, calibrate, record, tune and verify them; leaves one small folder."""
     import time
@@ -58,8 +59,11 @@ def campaign(
 
     with (output / "tables.txt").open("w", encoding="utf-8") as file:
         for finding in findings:
-            out.print_finding(finding, finding.name)
             out.print_finding(finding, finding.name, file)
+            if not json:
+                out.print_finding(finding, finding.name)
+    if json:
+        out.print_json([out.finding_json(finding) for finding in findings])
     frame = pl.concat([f.verdict.arms.select(pl.lit(f.name).alias("head"), pl.all()) for f in findings])
     pictures.save(pictures.verdict_chart(frame), output / "verdict.png")
     for path in under_way.files:

@@ -28,6 +28,7 @@ def demo(
     threads: options.Threads = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a demo with the same options stopped.")] = False,
     force: options.Force = False,
+    json: options.Json = False,
 ) -> None:
     """Record, replay, tune, apply and verify on the reference model: should it speculate, how, and how sure are we?"""
     from tracekit.demo import Plan, run
@@ -36,8 +37,11 @@ def demo(
 
     workload = Workload(max_tokens, temp, repeats, prompts_per_category, seed)
     story = run(Plan(layers, width, dtype, threads, workload), output, out.teller(), force, resume)
-    for head in story.heads:
-        out.print_finding(head, f"{head.name} head")
+    if json:
+        out.print_json([out.finding_json(head) for head in story.heads])
+    else:
+        for head in story.heads:
+            out.print_finding(head, f"{head.name} head")
     for path in story.files:
         out.wrote(path)
     out.wrote(pictures.save(pictures.verdict_chart(story.frame), output / "verdict.png"))

@@ -37,6 +37,12 @@ def print_finding(finding: Finding, title: str, file: TextIO | None = None) -> N
     print(file=file)
 
 
+def finding_json(finding: Finding) -> dict[str, Any]:
+    """What a study came to, as plain values."""
+    tuned = {"policy": finding.tuned.policy.label} | finding.tuned.evidence.model_dump(mode="json")
+    return {"name": finding.name, "tuned": tuned, "verdict": finding.verdict.as_json()}
+
+
 def print_json(content: Any) -> None:
     """Print JSON on standard output; Polars and NumPy values as plain ones."""
     json.dump(content, sys.stdout, indent=2, default=_plain, allow_nan=False)

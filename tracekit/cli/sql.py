@@ -17,9 +17,8 @@ def sql(
     json: options.Json = False,
 ) -> None:
     """Query a trace (read only), or print its schema with a comment on every column."""
-    import duckdb
-
     from tracekit.errors import TracekitError
+    from tracekit.report.query import query as ask
     from tracekit.report.tables import frame_table
     from tracekit.trace import schema
     from tracekit.trace.store import open_trace
@@ -30,10 +29,7 @@ def sql(
             raise TracekitError("--json needs a query")
         print((schema.TABLES + schema.VIEWS).strip())
         return
-    try:
-        frame = source.frame(query)
-    except duckdb.Error as error:
-        raise TracekitError(f"the query failed: {str(error).splitlines()[0]}") from None
+    frame = ask(source, query)
     if json:
         out.print_json(frame.to_dicts())
     else:

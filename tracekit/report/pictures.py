@@ -39,12 +39,14 @@ def save(chart: alt.TopLevelMixin, path: str | Path) -> Path:
 
 
 def league_chart(frame: pl.DataFrame, league: League) -> alt.LayerChart:
-    """Predicted speed of each policy with its interval; lines at no MTP and, where there is one, at the clairvoyant
-    optimum.
+    """Predicted speed of each policy with its interval, a policy given twice once; lines at no MTP and, where there is
+    one, at the clairvoyant optimum.
     """
     import altair as alt
 
-    rows = frame.select("policy", "tokens_per_second", "tokens_per_second_low", "tokens_per_second_high")
+    rows = frame.unique("policy", keep="first", maintain_order=True).select(
+        "policy", "tokens_per_second", "tokens_per_second_low", "tokens_per_second_high"
+    )
     base = alt.Chart(rows).encode(y=alt.Y("policy:N", sort=None, title=None))
     bars = base.mark_bar(color=_BLUE).encode(
         x=alt.X("tokens_per_second:Q", title="tokens/s, predicted (95 % interval)")
@@ -54,7 +56,7 @@ def league_chart(frame: pl.DataFrame, league: League) -> alt.LayerChart:
     )
     speeds = [league.no_mtp_speed().value, league.clairvoyant_speed()]
     lines = pl.DataFrame({"x": speeds, "reference": ["no MTP", "clairvoyant optimum"]}).drop_nulls()
-    scale = alt.Scale(domain=["no MTP", "clairvoyant optimum"], range=[_RED, _GREEN])
+    scale = alt.Scale(domain=lines["reference"].to_list(), range=[_RED, _GREEN])
     rules = (
         alt.Chart(lines)
         .mark_rule(strokeDash=[4, 3], size=2)
@@ -67,7 +69,8 @@ def acceptance_chart(acceptance: pl.DataFrame) -> alt.LayerChart:
     """How often the first k drafts are all right (:func:`tracekit.report.stats.acceptance_by_position`)."""
     import altair as alt
 
-    base = alt.Chart(acceptance).encode(x=alt.X("position:O", title="draft"), color=alt.Color("category:N", title=None))
+    colour = alt.Color("category:N", title=None, legend=alt.Legend(symbolOpacity=1))  # not the bands'
+    base = alt.Chart(acceptance).encode(x=alt.X("position:O", title="draft"), color=colour)
     lines = base.mark_line(point=True).encode(
         y=alt.Y("ratio:Q", title="right, with all before it", scale=alt.Scale(domain=[0, 1]))
     )
@@ -76,15 +79,18 @@ def acceptance_chart(acceptance: pl.DataFrame) -> alt.LayerChart:
 
 
 def cost_chart(cost: CostModel) -> alt.Chart:
-    """Median measured time of a target decode by batch width, and of a first MTP decode by rows caught up."""
+    """Median measured time of a target decode by batch width, and of a first MTP decode by rows caught up, as far as
+    batches go.
+    """
     import altair as alt
 
-    cells = cost.cells.filter(pl.col("size") <= cost.n_max + 1).with_columns(ms=pl.col("median_us") / 1000)
+    widest = cost.cells.filter(pl.col("cost").str.starts_with("target"))["size"].max()
+    cells = cost.cells.filter(pl.col("size") <= widest).with_columns(ms=pl.col("median_us") / 1000)
     return (
         alt.Chart(cells)
         .mark_line(point=True)
         .encode(
-            x=alt.X("size:O", title="batch width, or rows caught up"),
+            x=alt.X("size:Q", title="batch width, or rows caught up", axis=alt.Axis(tickMinStep=1)),
             y=alt.Y("ms:Q", title="median ms"),
             color=alt.Color("cost:N", title=None),
             tooltip=["cost", "size", "n", "ms"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,20 @@ class Summary:
         frames = {k: getattr(self, k).to_dicts() for k in ("acceptance", "requests", "time", "baselines")}
         costs = {} if self.surface is None else as_json(self.surface)
         return {"headline": self.headline} | frames | costs | {"notes": self.notes}
+
+    def __repr__(self) -> str:
+        return f"Summary({self.headline!r})"
+
+    def _repr_html_(self) -> str:
+        frames = {
+            "Acceptance by position": self.acceptance,
+            "Requests": self.requests,
+            "Where time went": self.time,
+            "Baselines": self.baselines,
+            "Cost surface": self.surface,
+        }
+        shown = [f"<h4>{k}</h4>{f._repr_html_()}" for k, f in frames.items() if f is not None and not f.is_empty()]
+        return "".join([f"<p>{escape(self.headline)}</p>", *shown, *(f"<p>{escape(note)}</p>" for note in self.notes)])
 
 
 def summarise(trace: TraceFile) -> Summary:

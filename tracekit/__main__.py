@@ -13,23 +13,34 @@ def main() -> None:
 
     try:
         code = app(standalone_mode=False)
+        if code == 130:  # what Typer makes of Ctrl-C
+            print("tracekit: interrupted", file=sys.stderr)
+        sys.stdout.flush()
     except TracekitError as error:
         print(f"tracekit: error: {error}", file=sys.stderr)
         code = 2
-    except KeyboardInterrupt:
-        print("tracekit: interrupted", file=sys.stderr)
-        code = 130
-    except BrokenPipeError:
-        # the reader has gone (`tracekit ... | head`); keep the interpreter's last flush quiet
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
+    except BrokenPipeError:  # the reader has gone at the last moment (Typer ends with 1 before that)
+        _forget_output()
+        code = 1
+    except OSError as error:
+        print(f"tracekit: error: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
+        _forget_output()
+        code = 2
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's usage errors have one
             raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message(), file=sys.stderr)
+            sys.exit(2)
         where = getattr(getattr(error, "ctx", None), "command_path", "tracekit")
         print(f"tracekit: error: {error.format_message()} (see `{where} --help`)", file=sys.stderr)
         code = 2
     sys.exit(code or 0)
+
+
+def _forget_output() -> None:
+    """Nobody reads it, or it cannot be written: keep the interpreter's last flush quiet."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

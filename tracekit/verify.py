@@ -26,6 +26,7 @@ from tracekit.errors import TracekitError
 from tracekit.policy.rule import Policy, rule
 from tracekit.replay.league import League
 from tracekit.replay.robust import widened
+from tracekit.replay.serving import Serving
 from tracekit.trace.store import TraceFile, open_trace
 
 Progress = Callable[[int, int], None]
@@ -159,6 +160,8 @@ def verify(
     n_slots, n = settings.n_slots, len(requests)
     if n < n_slots:
         raise TracekitError(f"{n_slots} slots (--parallel) need {n_slots} prompts or more; there are {n}")
+    if times is not None:
+        Serving.of(times, n_slots).fit(times, settings.n_max)  # before hours of live runs
     rng, runs = random.Random(seed), {}
     states = defaultdict(dict)  # of policies with scope=engine: every repeat of an arm is a run of its own
     requests = rng.sample(list(requests), len(requests))
@@ -177,7 +180,14 @@ def verify(
                         runs |= {(a, r, repeat): run for r, *run in zip(chosen, done, times_us, strict=True)}
                         if progress:
                             progress(len(runs), repeats * n * len(arms))
-        league = League.of(open_trace(path), times, n_slots, [r.prompt_id for r in requests], wave)
+        try:
+            league = League.of(open_trace(path), times, n_slots, [r.prompt_id for r in requests], wave)
+        except TracekitError as error:
+            reason = str(error).partition(": ")[2].partition(";")[0]
+            raise TracekitError(
+                f"the probes of these prompts do not tell what things cost ({reason}); give more --prompts or "
+                "--max-tokens, or the times of a recorded --trace"
+            ) from None
     return _judge(league, arms, requests, runs, repeats)
 
 

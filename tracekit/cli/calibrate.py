@@ -65,10 +65,10 @@ def calibrate(
         Engine(model, None, settings, engine_options.draft_model, trace=output, probe=sweep, force=force) as engine,
         out.progress("decodes") as update,
     ):
+        recorder = engine.recorder
         measure(engine, sweep, plan, Sampling(temp=temp, seed=seed), update)
-        failed = engine.recorder.failed
-    if failed:
-        raise TracekitError(f"{output}: recording stopped ({failed}); what was written is kept")
+    if recorder.failed:
+        out.recorded(output, recorder.failed)
     cells = surface.surface(open_trace(output))
     if json:
         out.print_json({"file": str(output), "bytes": output.stat().st_size} | surface.as_json(cells))

@@ -20,7 +20,10 @@ def doctor(
 ) -> None:
     """Devices, the llama.cpp build, and for a model: where it lies, NextN layers, memory kind, what will work."""
     from tracekit.engine.doctor import demand_gpu, examine, surroundings
+    from tracekit.errors import TracekitError
 
+    if gpu_layers < -1:
+        raise TracekitError(f"--gpu-layers {gpu_layers}: -1 or more")
     facts = surroundings()
     if model is not None:
         facts["model"] = examine(model, gpu_layers)

@@ -28,23 +28,31 @@ def generate(
     """Generate text for one prompt with the live engine."""
     import sys
 
+    from tracekit.cli.tuned import read, warn
     from tracekit.errors import TracekitError
-    from tracekit.policy.spec import parse_one
 
-    chosen = parse_one(policy)
+    tuned = read(policy)
+    chosen = tuned.policy
 
     from tracekit.engine import Engine, Sampling
 
     settings = engine_options.settings()
-    text = sys.stdin.read() if prompt == "-" else prompt
+    try:
+        text = sys.stdin.read() if prompt == "-" else prompt
+        text.encode()
+    except UnicodeError:
+        raise TracekitError("PROMPT: not UTF-8 text") from None
+    if "" in (stop or ()):
+        raise TracekitError("--stop '': an empty text is everywhere; leave it out")
     wanted = {"max_tokens": max_tokens, "sampling": Sampling(temp=temp, seed=seed), "stop": tuple(stop or ())}
     mtp = chosen.name != "off"
-    if engine_options.spec_draft_backend_sampling and not mtp:
-        raise TracekitError("--spec-draft-backend-sampling: policy off drafts nothing; add --policy")
+    for option in ("spec_draft_backend_sampling", "draft_model"):
+        if getattr(engine_options, option) and not mtp:
+            raise TracekitError(f"--{option.replace('_', '-')}: policy off drafts nothing; add --policy")
     out.show_log()
-    with Engine(
-        model, chosen, settings, engine_options.draft_model if mtp else None, mtp=mtp, trace=trace, force=force
-    ) as engine:
+    with Engine(model, chosen, settings, engine_options.draft_model, mtp=mtp, trace=trace, force=force) as engine:
+        warn(tuned, policy, model, engine.model.facts.desc)
+        recorder = engine.recorder
         if json:
             done = engine.generate(text, **wanted)
         else:
@@ -74,5 +82,5 @@ def generate(
             f"(one run), {facts['accepted']} of {facts['drafted']} drafts accepted in "
             f"{facts['verifications']} verifications"
         )
-    if trace is not None:
-        out.wrote(trace)
+    if recorder is not None:
+        out.recorded(recorder.path, recorder.failed)

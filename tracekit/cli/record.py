@@ -36,9 +36,9 @@ def record(
     json: options.Json = False,
 ) -> None:
     """Record a trace: what was drafted, what was accepted, and how long each part took."""
+    from tracekit.cli.tuned import read, warn
     from tracekit.errors import TracekitError
     from tracekit.model.prompt_sets import load
-    from tracekit.policy.spec import parse_one
 
     if mode not in ("probe", "live"):
         raise TracekitError(f"--mode {mode}: probe or live")
@@ -47,7 +47,9 @@ def record(
             "--mode live needs --policy" if mode == "live" else "--policy decides nothing in a probe; add --mode live"
         )
     loaded = load(prompts)
-    chosen = parse_one(policy) if policy else None
+    if len(loaded) < parallel:
+        raise TracekitError(f"--parallel {parallel} needs {parallel} prompts or more; {prompts} has {len(loaded)}")
+    tuned = read(policy) if policy else None
 
     from tracekit.engine import Engine, Probe
     from tracekit.engine.record import as_requests
@@ -58,17 +60,21 @@ def record(
     probe = Probe(settings.n_max, seed) if mode == "probe" else None
     out.show_log()
     with (
-        Engine(model, chosen, settings, engine_options.draft_model, trace=output, probe=probe, force=force) as engine,
+        Engine(
+            model, tuned and tuned.policy, settings, engine_options.draft_model, trace=output, probe=probe, force=force
+        ) as engine,
         out.progress("tokens") as update,
     ):
+        recorder = engine.recorder
+        if tuned is not None:
+            warn(tuned, policy, model, n_slots=parallel)
         done = record_requests(engine, requests, mode == "probe" if baseline is None else baseline, update)
-        failed = engine.recorder.failed
     summary = {
         "file": str(output),
         "requests": len(done),
         "tokens": sum(len(c.tokens) for c in done),
         "bytes": output.stat().st_size,
-        "complete": not failed,
+        "complete": not recorder.failed,
     }
     if json:
         out.print_json(summary)
@@ -77,6 +83,4 @@ def record(
             f"{summary['requests']} requests, {summary['tokens']} tokens in the {mode} arm, "
             f"{summary['bytes'] / 1e6:.1f} MB"
         )
-    if failed:
-        raise TracekitError(f"{output}: recording stopped ({failed}); what was written is kept")
-    out.wrote(output)
+    out.recorded(output, recorder.failed)

@@ -44,37 +44,32 @@ def verify(
     """
     import polars as pl
 
+    from tracekit.cli.tuned import read, warn
     from tracekit.errors import TracekitError
     from tracekit.model.prompt_sets import load
-    from tracekit.policy import file, spec
+    from tracekit.policy import spec
     from tracekit.report import pictures, tables
     from tracekit.trace.store import open_trace
 
     if repeats < 1:
         raise TracekitError(f"--repeats {repeats}: 1 or more")
     pictures.check(plot)
+    if engine_options.n_max < 1:
+        raise TracekitError(f"--n-max {engine_options.n_max}: 1 or more; verify compares drafting")
     text = str(policy_file)
-    tuned = file.read(text) if text.endswith(".toml") else file.PolicyFile(spec.parse_one(text))
+    tuned = read(text)
     others = [p for text in also or [] for p in spec.parse(text)]
     loaded = load(prompts)
     times = open_trace(trace) if trace else None
 
-    from tracekit.engine.model import sha256_of
     from tracekit.engine.provenance import device_name
     from tracekit.engine.record import as_requests
     from tracekit.verify import Arm, standard_arms
     from tracekit.verify import verify as run
 
-    if tuned.evidence is not None:
-        if tuned.evidence.model_sha256 != sha256_of(model):
-            out.say(
-                f"warning: {model} is not the file that {text} was tuned on (its hash differs); tune again "
-                "for this model"
-            )
-        if tuned.evidence.device != device_name():
-            out.say(
-                f"warning: {text} was tuned on {tuned.evidence.device}, this is {device_name()}; record and tune here"
-            )
+    if tuned.evidence is not None and tuned.evidence.device != device_name():
+        out.say(f"warning: {text} was tuned on {tuned.evidence.device}, this is {device_name()}; record and tune here")
+    warn(tuned, text, model, n_slots=parallel)
     settings = engine_options.settings(parallel)
     requests = as_requests(loaded, max_tokens, temp, seed)
     arms = [*standard_arms(tuned.policy, settings.n_max), *(Arm(p.label, p) for p in others)]

@@ -31,6 +31,8 @@ def build(
     ``dtype``: ``f16`` or ``f32`` matrices. Raises :class:`TracekitError`.
     """
     out = Path(out)
+    if seed < 0:
+        raise TracekitError(f"--seed {seed}: 0 or more")
     if out.exists() and not force:
         raise TracekitError(f"{out}: exists; choose another name or give --force")
     if dtype not in weights.TYPES:

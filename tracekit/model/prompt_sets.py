@@ -38,10 +38,10 @@ def load(path: str | Path) -> list[Prompt]:
     name = FOLDER / f"{path}.jsonl"
     file = name if str(path) in SETS else Path(path)
     try:
-        lines = file.read_text("utf-8").splitlines()
+        lines = file.read_text("utf-8-sig").split("\n")  # not at U+2028 and the like, which JSON allows in strings
     except FileNotFoundError:
         raise TracekitError(f"{path}: no such prompts file; shipped sets: {', '.join(SETS)}") from None
-    except (UnicodeDecodeError, IsADirectoryError) as error:
+    except (UnicodeDecodeError, OSError) as error:
         raise TracekitError(f"{path}: not a text file of JSON lines ({error})") from None
     prompts = [_parse(f"{path}, line {n}", line, n) for n, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
@@ -57,8 +57,8 @@ def load(path: str | Path) -> list[Prompt]:
 def _parse(where: str, line: str, number: int) -> Prompt:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise TracekitError(f"{where}: not JSON ({error.msg}, column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # no JSON, or more of it than Python reads
+        raise TracekitError(f"{where}: not JSON ({error})") from None
     if not isinstance(row, dict):
         raise TracekitError(f'{where}: not an object; {{"prompt": "...", "category": "code"}} is')
     unknown = [k for k in row if k not in ("id", "category", "prompt")]
@@ -67,6 +67,8 @@ def _parse(where: str, line: str, number: int) -> Prompt:
     for key in ("id", "category", "prompt"):
         if not isinstance(row.get(key, ""), str):
             raise TracekitError(f"{where}: {key} is not a string")
+        if any("\ud800" <= c <= "\udfff" for c in row.get(key, "")):
+            raise TracekitError(f"{where}: {key} holds half of a surrogate pair, which is no text")
     if not row.get("prompt"):
         raise TracekitError(f"{where}: prompt is missing or empty")
     return Prompt(row.get("id", f"line-{number}"), row.get("category", "all"), row["prompt"])

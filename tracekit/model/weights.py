@@ -7,6 +7,7 @@ Names are llama.cpp's; shapes are NumPy's, ``(rows, columns)`` of a matrix that 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -145,7 +146,11 @@ def write(
     types = {name: np.dtype(TYPES[dtype] if len(t.shape) == 2 else np.float32) for name, t in w.tensors.items()}
     for name, tensor in w.tensors.items():
         out.add_tensor_info(name, tensor.shape, types[name], int(np.prod(tensor.shape)) * types[name].itemsize)
+    size = sum(info.nbytes for info in out.tensors[0].values())
     try:
+        free = shutil.disk_usage(path.absolute().parent).free
+        if size > free:
+            raise TracekitError(f"{path}: takes {size / 1e9:.1f} GB, {free / 1e9:.1f} are free; choose another place")
         out.write_header_to_file()
         out.write_kv_data_to_file()
         out.write_ti_data_to_file()
@@ -156,6 +161,7 @@ def write(
         out.close()
         os.replace(partial, path)
     except OSError as error:
+        raise TracekitError(f"{path}: {error.strerror or error}; choose another place with -o") from None
+    finally:
         partial.unlink(missing_ok=True)
-        raise TracekitError(f"{path}: {error.strerror}; choose another place with -o") from None
     return path

@@ -23,6 +23,8 @@ def check(path: Path | None) -> None:
     """Raise :class:`TracekitError` where a picture could not be saved under this name."""
     if path is not None and path.suffix not in _FORMATS:
         raise TracekitError(f"{path}: a picture ends in {', '.join(_FORMATS)}")
+    if path is not None and not path.absolute().parent.is_dir():
+        raise TracekitError(f"{path}: {path.parent} is no folder; make it first")
 
 
 def save(chart: alt.TopLevelMixin, path: str | Path) -> Path:

@@ -295,6 +295,7 @@ def test_verify_compares_prediction_and_measurement(models, tuned, prompts, tmp_
     assert "ranking agreement" in text.stdout
     assert "static:n_max=4" in text.stdout
     assert "c, n = 2" in text.stdout
+    assert "(once)" in text.stdout
     assert plot.read_text().startswith("<svg")
 
 
@@ -381,6 +382,16 @@ MISTAKES = [
     (["generate", "{model}", "x", "--policy", "static:n_max=30"], "raise the engine's"),
     (["generate", "{model}", "x", "--policy", "static:n_max=2,4"], "one is wanted"),
     (["generate", "{model}", "x", "--cache-type-k", "f8"], "one of f32, f16, q8_0"),
+    (["generate", "{model}", "x", "--threads", "1000000"], "512 or less"),
+    (["generate", "{model}", "x", "--draft-model", "{model}"], "add --policy"),
+    (["generate", "{model}", "x", "--stop", ""], "leave it out"),
+    (["record", "{model}", "--prompts", "{prompts}", "-o", "x.duckdb", "--parallel", "9"], "needs 9 prompts"),
+    (["record", "{model}", "--prompts", "{prompts}/x", "-o", "x.duckdb"], "not a text file"),
+    (["verify", "{model}", "static", "--n-max", "0"], "compares drafting"),
+    (["verify", "{model}", "static", "--plot", "no/such/folder/v.png"], "is no folder"),
+    (["model", "build", "-o", "x.gguf", "--layers", "8", "--seed", "-1"], "--seed -1: 0 or more"),
+    (["model", "build", "-o", "no/such/folder/x.gguf"], "choose another place"),
+    (["doctor", "--gpu-layers", "-7"], "-1 or more"),
     (["verify", "{model}", "missing.toml"], "no such policy file"),
     (["model", "build", "-o", "x.gguf", "--width", "300"], "exact only for"),
     (["doctor", "{prompts}"], "not a GGUF file"),
@@ -410,6 +421,10 @@ def test_output_respects_pipes_and_no_color(recorded):
     command = f"{sys.executable} -m tracekit policies | head -n 1"
     result = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert "Traceback" not in result.stderr
+    command = f"{sys.executable} -m tracekit policies > /dev/full"
+    full = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (full.returncode, full.stderr.count("\n")) == (2, 1)
+    assert "No space left" in full.stderr
 
 
 def test_demo_runs_the_whole_loop(tmp_path):

@@ -130,6 +130,13 @@ def test_prompt_sets_come_from_the_held_out_text():
             assert prompt.prompt not in training
 
 
+def test_prompt_files_of_other_tools(tmp_path):
+    """A byte-order mark, Windows line ends, and line separators inside a string are no mistakes."""
+    path = tmp_path / "p.jsonl"
+    path.write_bytes('\ufeff{"prompt": "a\u2028b"}\r\n{"prompt": "c"}\r\n'.encode())
+    assert [p.prompt for p in load(path)] == ["a\u2028b", "c"]
+
+
 @pytest.mark.parametrize(
     ("content", "hint"),
     [
@@ -141,6 +148,8 @@ def test_prompt_sets_come_from_the_held_out_text():
         ('{"prompt": "a", "colour": 1}', "unknown key colour"),
         ('{"id": "x", "prompt": "a"}\n{"id": "x", "prompt": "b"}', "used twice"),
         ("\xff\xfe", "not a text file|not JSON"),
+        ('{"prompt": "\\ud83d"}', "line 1: prompt holds half of a surrogate pair"),
+        ("[" * 100_000, "line 1: not JSON"),
     ],
 )
 def test_bad_prompt_files_get_one_clear_line(tmp_path, content, hint):

@@ -201,7 +201,7 @@ def _check_compiled(policy: Policy, positions: Positions, expected: list[list[tu
         f"{policy}: compiled and interpreted differ first at (policy, request, count) {different[0]}"
     )
     for r, steps in enumerate(expected):
-        own = [len(steps), *np.sum(steps, 0)]
+        own = [len(steps), *np.sum(steps, 0).tolist()]
         walked = found[0][0, r, [kernel.STEPS, kernel.DRAFTED, kernel.ACCEPTED]].tolist()
         assert walked == own, (
             f"{policy}, request {r}: simulated steps, drafts and accepts {walked} are not the policy's own {own}"

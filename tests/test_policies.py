@@ -6,6 +6,7 @@ import random
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from tracekit.errors import TracekitError
@@ -13,7 +14,8 @@ from tracekit.policy.file import PolicyFile, read
 from tracekit.policy.interface import NEVER, Now, Outcome
 from tracekit.policy.rule import rule, shipped
 from tracekit.policy.spec import parse, parse_one
-from tracekit.replay.simulate import rounds
+from tracekit.replay import link
+from tracekit.replay.simulate import counts, rounds
 from tracekit.testing import check_policy, random_positions
 
 OWN = '''
@@ -77,27 +79,87 @@ def own(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("name", [r.name for r in shipped()])
-def test_shipped_policies_conform(name):
-    """Every shipped policy passes the public conformance suite."""
-    check_policy(rule(name))
+@pytest.fixture
+def edited(tmp_path):
+    """Write :data:`OWN` with pieces replaced to a file; returns its path."""
+
+    def write(*changes):
+        source = OWN
+        for piece, replacement in changes:
+            assert piece in source
+            source = source.replace(piece, replacement)
+        (tmp_path / "edited.py").write_text(source)
+        return tmp_path / "edited.py"
+
+    return write
+
+
+@examples(max_examples=5)
+@given(st.sampled_from(shipped()), st.integers(0, 10**6))
+def test_shipped_policies_conform(shipped_rule, seed):
+    """Every shipped policy passes the public conformance suite, whatever the requests."""
+    check_policy(shipped_rule, n_variants=4, seed=seed)
 
 
 def test_own_policy_conforms(own):
-    """So does a user's, helper function and all."""
-    check_policy(rule(own))
+    """So does a user's, helper function and all, named in any way."""
+    for named in (rule(own), own, str(own)):
+        check_policy(named, n_variants=2)
 
 
-def test_conformance_catches_an_impure_policy(tmp_path):
-    """A policy that keeps state outside its State fails the suite."""
-    path = tmp_path / "impure.py"
-    path.write_text(
-        OWN.replace("return state.n, 0.0", "calls.append(1)\n    return len(calls) % 3, 0.0").replace(
-            "SPACE", "calls = []\nSPACE"
-        )
-    )
-    with pytest.raises(AssertionError, match="not pure"):
-        check_policy(rule(path))
+DECIDE, BEGIN, LEARN = "return state.n, 0.0", "return State(params.n_max)", "State(clamp(state.n + step,"
+
+
+@pytest.mark.parametrize(
+    ("piece", "replacement", "says"),
+    [
+        (BEGIN, "calls.append(1)\n    return State(len(calls))", "step 0: begin is not pure"),
+        (DECIDE, "calls.append(1)\n    return len(calls) % 3, 0.0", "decide is not pure"),
+        ("    step = 1", "    calls.append(1)\n    return State(len(calls))\n    step = 1", "learn is not pure"),
+        (DECIDE, "return state.n % (now.n_generated - 3), 0.0", "step 2: decide raises ZeroDivisionError"),
+        (DECIDE, "return state.m, 0.0", "decide raises AttributeError"),
+        (DECIDE, "return None", "decide returns None"),
+        (DECIDE, "return state.n, 0.0, 0", "decide returns .*not \\(n_draft, p_min"),
+        (DECIDE, "return (2 if now.n_active < 12 else -2), 0.0", "-2 drafts"),
+        (DECIDE, "return float(state.n), 0.0", "6.0 drafts"),
+        (DECIDE, "return state.n > 2, 0.0", "True drafts"),
+        (DECIDE, "return state.n, 1.5", "p_min 1.5 is no probability"),
+        (DECIDE, "return state.n, None", "p_min None is no probability"),
+        (BEGIN, "return (params.n_max,)", "begin returns .*no State"),
+        (LEARN, "(clamp(state.n + step,", "learn returns 5, no State"),
+        (LEARN, "State(clamp(state.n + step / 2,", "learn returns State.n = 5.5, declared int"),
+        (BEGIN, "return State(params.n_max > 2)", "begin returns State.n = True, declared int"),
+        (DECIDE, "return state.n * 6364136223846793005 % 7, 0.0", "compiled and interpreted differ"),
+        (DECIDE, "return (now.n_active - 1) * 4611686018427387904 * 6 % 5, 0.0", "over 3 slots.*not the policy's own"),
+    ],
+)
+def test_conformance_catches_a_wrong_policy(edited, piece, replacement, says):
+    """Everything the suite asserts fails for some policy, and names it and the step."""
+    path = edited(("SPACE", "calls = []\nSPACE"), (piece, replacement))
+    with pytest.raises(AssertionError, match=says) as error:
+        check_policy(path)
+    assert str(path) in str(error.value)
+
+
+def test_conformance_compares_with_the_file_itself(edited):
+    """Both twins are handed a parameter that has lost its last digit; the policy's own functions are not."""
+    path = edited(("floor: int = 1", "floor: int = 9007199254740993"), (DECIDE, "return params.floor % 2, 0.0"))
+    with pytest.raises(AssertionError, match="request 0: simulated .* are not the policy's own"):
+        check_policy(path)
+
+
+def test_state_keeps_fractions(edited):
+    """A field declared float is one in the simulators too, however the file writes its annotations."""
+    check_policy(edited(("n: int\n", "n: float\n"), ("else -1", "else -0.25"), (DECIDE, "return int(state.n), 0.0")))
+
+
+def test_an_edit_is_another_policy(edited):
+    """A file edited while the process runs is read again, and one edited back is the same policy as before."""
+    before = rule(edited())
+    after = rule(edited((DECIDE, "return 1, 0.0")))
+    assert after.sha256 != before.sha256
+    assert after.decide(None, before.begin(before().params), None) == (1, 0.0)
+    assert rule(edited()) is before
 
 
 def asked(policy, *outcomes):
@@ -162,7 +224,7 @@ def test_sweeps_expand_lists_and_ranges():
 @given(st.integers(0, 40), st.floats(0, 1), st.booleans(), st.integers(0, 99), st.sampled_from(["request", "engine"]))
 def test_labels_parse_back(n_max, ratio, zero, resume, scope):
     """A policy's label names the same policy again."""
-    policy = rule("fallback")(n_max=n_max, min_ratio=round(ratio, 4), zero_trip=zero, resume_after=resume, scope=scope)
+    policy = rule("fallback")(n_max=n_max, min_ratio=ratio, zero_trip=zero, resume_after=resume, scope=scope)
     assert parse_one(policy.label) == policy
 
 
@@ -193,49 +255,74 @@ def test_bad_policies_get_one_clear_line(text, hint):
 
 
 @pytest.mark.parametrize(
-    ("change", "hint"),
+    ("change", "replacement", "hint"),
     [
-        ("def decide", "decide missing"),
-        ("class Params(NamedTuple)", "Params must be"),
-        ("n_max: int = 6", "needs a default"),
-        ("floor: int = 1", "must be int, float or bool"),
-        ('"floor": "0,1"', "no parameter"),
-        ("from typing import NamedTuple", "line"),
+        ("def decide", "def decides", "decide missing"),
+        ("def decide", "@staticmethod\ndef decide", "decide must be a function"),
+        ("class Params(NamedTuple)", "class Params", "Params must be"),
+        ("class State(NamedTuple)", "class State", "State must be"),
+        ("n: int\n", "n: list\n", "field n of State must be int, float or bool"),
+        ("n: int\n", "n: integer\n", "State: NameError"),
+        ("    n_max: int = 6\n    floor: int = 1", "    n_max: int\n    floor: int", "needs a default"),
+        ("n_max: int = 6", "n_max: int = 4.0", "n_max=4.0: not a whole number"),
+        ("floor: int = 1", "floor: str = 'x'", "must be int, float or bool"),
+        ('"floor": "0,1"', '"flour": "0,1"', "no parameter"),
+        ('"floor": "0,1"', '"floor": 1', "SPACE must be"),
+        ('SPACE = {"n_max": "2,4,6", "floor": "0,1"}', 'SPACE = "n_max"', "SPACE must be"),
+        ("from typing import NamedTuple", "from typing import NoSuchName", "line"),
     ],
 )
-def test_bad_policy_files_get_one_clear_line(tmp_path, change, hint):
+def test_bad_policy_files_get_one_clear_line(edited, change, replacement, hint):
     """A user's file that is no policy says why, and where."""
-    replacement = {
-        "def decide": "def decides",
-        "class Params(NamedTuple)": "class Params",
-        "n_max: int = 6": "n_max: int",
-        "floor: int = 1": "floor: str = 'x'",
-        '"floor": "0,1"': '"flour": "0,1"',
-        "from typing import NamedTuple": "from typing import NoSuchName",
-    }[change]
-    source = OWN.replace(change, replacement)
-    if change == "n_max: int = 6":
-        source = source.replace("    floor: int = 1\n", "").replace('"floor": "0,1"', "").replace("params.floor", "0")
-    path = tmp_path / "bad.py"
-    path.write_text(source)
+    path = edited((change, replacement))
     with pytest.raises(TracekitError, match=hint) as error:
         rule(path)
+    assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_policy_that_cannot_be_compiled_says_so(tmp_path):
-    """A policy outside what Numba compiles runs in the engine, and gets one line from the simulator."""
-    import random as random_module
+def test_spaces_may_be_lists(edited):
+    """The values of a search space may be a list: it is read as the text would be."""
+    assert rule(edited(('"2,4,6"', "[2, 4, 6]"), ('"0,1"', '("0", 1)'))).space == {"n_max": "2,4,6", "floor": "0,1"}
 
-    from tracekit.replay.simulate import counts
-    from tracekit.testing import random_positions
 
-    path = tmp_path / "wordy.py"
-    path.write_text(OWN.replace("return state.n, 0.0", 'return int(f"{state.n:>3}"), 0.0'))
-    policy = rule(path)()
-    assert asked(policy, (6, 6)) == [6, 6]
-    with pytest.raises(TracekitError, match="cannot be compiled") as error:
-        counts([policy], random_positions(random_module.Random(0), 2, 8))
+@pytest.mark.parametrize(
+    "taken",
+    [
+        "STEPS, OVER = 2, 5",
+        "STEPS: int = 2",
+        "for ROWS in range(2): KV = 7",
+        "from math import floor as price",
+        "class Outcome: pass",
+        "def run(): pass",
+        "def max(a, b): return a",
+    ],
+)
+def test_names_of_the_simulator_are_refused(edited, taken):
+    """However a policy binds a name that the simulator also has, it is told so; sharing an import is no clash."""
+    with pytest.raises(TracekitError, match="is the simulator's; choose another"):
+        link.interpreted(rule(edited(("SPACE =", taken + "\nSPACE ="))))
+    link.interpreted(
+        rule(edited(("SPACE =", "import numpy as np\nfrom tracekit.policy.interface import Now\nSPACE =")))
+    )
+
+
+@pytest.mark.parametrize(
+    ("decision", "reason"),
+    [
+        ('int(f"{state.n:>3}"), 0.0', "line 23: cannot be compiled .*format spec"),
+        ("state.m, 0.0", "line 23: cannot be compiled .*Unknown attribute 'm'"),
+        ("table[2], 0.0", "line 23: cannot be compiled .*Untyped global name 'table'"),
+        ("(1 if state.n else 'a'), 0.0", "cannot be compiled .*unify"),
+        ("state.n // (state.n - state.n), 0.0", "raises ZeroDivisionError"),
+    ],
+)
+def test_policy_that_the_simulator_cannot_run_says_so(edited, decision, reason):
+    """A policy outside what Numba compiles, or one that raises, gets one line that names the file and the reason."""
+    path = edited(("SPACE =", "table = {2: 3}\nSPACE ="), (DECIDE, "return " + decision))
+    with pytest.raises(TracekitError, match=reason) as error:
+        counts([rule(path)()], random_positions(random.Random(0), 2, 8))
+    assert str(error.value).startswith(str(path))
     assert "\n" not in str(error.value)
 
 
@@ -253,6 +340,9 @@ def test_policy_file_round_trip(tmp_path, own):
         ("[polcy]\nname = 'off'", "unknown table"),
         ("[policy]\nname = 'off'\ncolour = 1", "unknown key policy.colour"),
         ("[policy]\n", "needs name"),
+        ("policy = 3", "policy must be a table"),
+        ("[policy]\nfile = 3", "policy.file must be a text"),
+        ("[policy]\nname = 'static'\nparams = 3", "policy.params must be a table"),
         ("[policy]\nname = 'static'\n[policy.params]\nn_max = 'many'", "not a whole number"),
         ("[policy]\nname = 'static'\nsha256 = 'abc'", "has changed"),
         ("[policy]\nname = 'off'\n[evidence]\nspeedup = 1.0", "evidence"),

@@ -11,6 +11,8 @@ from typing import Any
 from tracekit.errors import TracekitError
 from tracekit.policy.rule import SHIPPED, Policy, rule
 
+_KEYS = {"name": str, "file": str, "sha256": str, "params": dict}
+
 
 @dataclass(frozen=True)
 class PolicyFile:
@@ -55,9 +57,13 @@ def read(path: str | Path) -> PolicyFile:
             "has [policy] and [evidence]"
         )
     head = content["policy"]
-    unknown = [k for k in head if k not in ("name", "file", "sha256", "params")]
-    if unknown:
-        raise TracekitError(f"{path}: unknown key policy.{unknown[0]}; known: name, file, sha256, params")
+    if not isinstance(head, dict):
+        raise TracekitError(f"{path}: policy must be a table: [policy]")
+    for key, value in head.items():
+        if key not in _KEYS:
+            raise TracekitError(f"{path}: unknown key policy.{key}; known: {', '.join(_KEYS)}")
+        if not isinstance(value, _KEYS[key]):
+            raise TracekitError(f"{path}: policy.{key} must be {'a table' if _KEYS[key] is dict else 'a text'}")
     if ("name" in head) == ("file" in head):
         raise TracekitError(f"{path}: [policy] needs name (a shipped policy) or file (a Python file), one of them")
     found = rule(head["name"] if "name" in head else path.parent / head["file"])

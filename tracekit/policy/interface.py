@@ -10,7 +10,8 @@ A policy is a Python file with five names::
 
 All three functions are pure. The engine calls them as they are; the simulator compiles the same source with Numba,
 so they use plain arithmetic, ``math`` and functions of the same file. A parameter ``scope`` of ``"request"`` (the
-default) or ``"engine"`` is read by whoever runs the policy: with ``"engine"`` the state outlives the request.
+default) or ``"engine"`` is read by whoever runs the policy, not by its functions: with ``"engine"`` the state outlives
+the request.
 """
 
 from __future__ import annotations

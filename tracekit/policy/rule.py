@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -32,36 +31,28 @@ class Rule:
     begin: Callable[[Any], Any]
     decide: Callable[[Any, Any, Any], tuple[int, float]]
     learn: Callable[[Any, Any, Any, Any], Any]
+    types: Mapping[str, Any] = field(hash=False)  # of each parameter, in order: int, float, bool or Scope
+    state_types: Mapping[str, type] = field(hash=False)  # of each field of State, in order: int, float or bool
+    defaults: Mapping[str, Any] = field(hash=False)
     space: Mapping[str, str] = field(hash=False)
-
-    @property
-    def types(self) -> dict[str, Any]:
-        """Type of each parameter, in order: ``int``, ``float``, ``bool`` or ``Scope``."""
-        hints = get_type_hints(self.Params)
-        return {name: hints[name] for name in self.Params._fields}
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """Default of each parameter."""
-        return dict(self.Params._field_defaults)
 
     @property
     def sha256(self) -> str:
         """Identity of the file's source: evidence about a policy is evidence about this."""
         return hashlib.sha256(self.source.encode()).hexdigest()
 
-    def __call__(self, **params: Any) -> Policy:
+    def __call__(self, /, **params: Any) -> Policy:
         """The rule with these parameters, the rest at their defaults. Raises :class:`TracekitError` for a wrong one."""
-        types = self.types
         for key in params:
-            if key not in types:
-                near = difflib.get_close_matches(key, types, 1)
-                known = ", ".join(types) or "none"
+            if key not in self.types:
+                near = difflib.get_close_matches(key, self.types, 1)
+                known = ", ".join(self.types) or "none"
                 raise TracekitError(
                     f"policy {self.name} has no parameter {key}; "
                     f"{f'did you mean {near[0]}? ' if near else ''}it has: {known}"
                 )
-        return Policy(self, self.Params(**{k: convert(self.name, k, types[k], v) for k, v in params.items()}))
+        given = {k: convert(self.name, k, self.types[k], v) for k, v in params.items()}
+        return Policy(self, self.Params(**{**self.defaults, **given}))
 
 
 @dataclass(frozen=True)
@@ -97,7 +88,7 @@ class Policy:
 
 
 def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    return str(value).lower() if isinstance(value, bool) else str(value).removesuffix(".0")
 
 
 def convert(policy: str, key: str, kind: Any, value: Any) -> Any:
@@ -147,25 +138,40 @@ def rule(name_or_path: str | Path) -> Rule:
                 f"no policy {text!r}; shipped: {known}; or give a Python file (./mine.py) or a policy file "
                 "(policy.toml)"
             )
-        return _load(path, text)
+        return _load(path, text, path.read_text("utf-8"))
     path = Path(text)
     if not path.is_file():
         raise TracekitError(f"{text}: no such policy file")
-    return _load(path.resolve(), path.stem)
+    try:
+        source = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TracekitError(f"{text}: cannot be read as UTF-8 text ({error})") from None
+    return _load(path.resolve(), path.stem, source)
 
 
 @cache
-def _load(path: Path, name: str) -> Rule:
-    source = path.read_text("utf-8")
-    module = _run(path, name)
+def _load(path: Path, name: str, source: str) -> Rule:
+    module = _run(path, name, source)
     missing = [n for n in REQUIRED if not hasattr(module, n)]
     if missing:
         raise TracekitError(
             f"{path}: not a policy: {', '.join(missing)} missing; see `tracekit.policy.interface` for the five names"
         )
-    if not hasattr(module.Params, "_fields"):
-        raise TracekitError(f"{path}: Params must be a typing.NamedTuple")
-    found = Rule(
+    for function in ("begin", "decide", "learn"):
+        if getattr(getattr(module, function), "__globals__", None) is not vars(module):
+            raise TracekitError(f"{path}: {function} must be a function written in this file, without decorators")
+    types, state_types = _types(path, module, "Params"), _types(path, module, "State")
+    for key, kind in types.items():
+        if kind not in (int, float, bool, Scope) or (kind is Scope) != (key == "scope"):
+            raise TracekitError(
+                f"{path}: parameter {key} must be int, float or bool (scope: tracekit.policy.interface.Scope)"
+            )
+        if key not in module.Params._field_defaults:
+            raise TracekitError(f"{path}: parameter {key} needs a default")
+    for key, kind in state_types.items():
+        if kind not in (int, float, bool):
+            raise TracekitError(f"{path}: field {key} of State must be int, float or bool")
+    return Rule(
         name=name,
         path=path,
         doc=(module.__doc__ or "").strip(),
@@ -175,26 +181,40 @@ def _load(path: Path, name: str) -> Rule:
         begin=module.begin,
         decide=module.decide,
         learn=module.learn,
-        space=dict(getattr(module, "SPACE", {})),
+        types=types,
+        state_types=state_types,
+        defaults={k: convert(str(path), k, types[k], v) for k, v in module.Params._field_defaults.items()},
+        space=_space(path, getattr(module, "SPACE", {}), types),
     )
-    for key, kind in found.types.items():
-        if kind not in (int, float, bool, Scope) or (kind is Scope) != (key == "scope"):
-            raise TracekitError(
-                f"{path}: parameter {key} must be int, float or bool (scope: tracekit.policy.interface.Scope)"
-            )
-        if key not in found.defaults:
-            raise TracekitError(f"{path}: parameter {key} needs a default")
-    unknown = [key for key in found.space if key not in found.types]
+
+
+def _types(path: Path, module: ModuleType, name: str) -> dict[str, Any]:
+    """The declared type of each field of the named tuple ``name``."""
+    of = getattr(module, name)
+    if not hasattr(of, "_field_defaults"):
+        raise TracekitError(f"{path}: {name} must be a typing.NamedTuple")
+    try:
+        hints = get_type_hints(of, vars(module))
+    except Exception as error:  # annotations may be any text, and nobody has looked at it yet
+        raise TracekitError(f"{path}: {name}: {type(error).__name__}: {error}") from None
+    return {key: hints.get(key) for key in of._fields}
+
+
+def _space(path: Path, space: Any, types: Mapping[str, Any]) -> dict[str, str]:
+    """``SPACE`` with every list of values as the text that :func:`tracekit.policy.spec.expand` reads."""
+    if not isinstance(space, Mapping) or not all(isinstance(v, str | list | tuple) for v in space.values()):
+        raise TracekitError(f'{path}: SPACE must be a dict with "low..high/step", "1,2,4" or a list per parameter')
+    unknown = [key for key in space if key not in types]
     if unknown:
         raise TracekitError(f"{path}: SPACE names {unknown[0]}, which is no parameter")
-    return found
+    return {k: v if isinstance(v, str) else ",".join(map(_text, v)) for k, v in space.items()}
 
 
-def _run(path: Path, name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"tracekit_policy_{name}", path)
-    module = importlib.util.module_from_spec(spec)
+def _run(path: Path, name: str, source: str) -> ModuleType:
+    module = ModuleType(f"tracekit_policy_{name}")
+    module.__file__ = str(path)
     try:
-        spec.loader.exec_module(module)
+        exec(compile(source, path, "exec", dont_inherit=True), vars(module))
     except Exception as error:  # a user's file may raise anything; its author needs the line, not our traceback
         line = getattr(error, "lineno", None) or _line_in(error, path)
         raise TracekitError(f"{path}, line {line}: {type(error).__name__}: {error}") from None

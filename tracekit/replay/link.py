@@ -9,12 +9,14 @@ never a stale one.
 from __future__ import annotations
 
 import ast
+import builtins
 import hashlib
 import importlib.util
 import os
+import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +25,7 @@ from typing import Any
 from tracekit.errors import TracekitError
 from tracekit.folders import cache_folder
 from tracekit.policy import interface
-from tracekit.policy.rule import Rule
+from tracekit.policy.rule import REQUIRED, Rule
 from tracekit.replay import kernel
 
 _BINDING = """
@@ -58,13 +60,14 @@ _COMPILED = "from numba import njit as _njit"
 _INTERPRETED = "def _njit(function, **options): return function"
 _PLACE = "from tracekit.policy.shipped.off import Params, begin, decide, learn  # the policy\n"
 _FAST = {"price": ", fastmath=True"}  # a sum of products: its order is free
-_CASTS = {"int": "int({})", "float": "float({})", "bool": "{} != 0"}
+_CASTS = {float: "float({})", bool: "{} != 0"}  # else a whole number; a scope is its place in SCOPES
+_BOUND = {"run", "_njit", "_fix", "_policy_begin", "_policy_learn"}  # names of the binding
 
 
 @cache
 def compiled(rule: Rule, simulator: ModuleType = kernel) -> Callable[..., None]:
     """The compiled ``walk_all`` of ``simulator`` under a policy. Raises :class:`TracekitError`, when called, where
-    Numba cannot compile it.
+    Numba cannot compile the policy, or the policy raises anything.
     """
     import numba
 
@@ -74,14 +77,26 @@ def compiled(rule: Rule, simulator: ModuleType = kernel) -> Callable[..., None]:
         try:
             module.run(*arguments)
         except (numba.core.errors.NumbaError, numba.core.errors.UnsupportedBytecodeError) as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            reason = next((line for line in lines if "rror" in line and "pipeline" not in line), lines[0])
+            raise TracekitError(_not_compiled(rule, str(error))) from None
+        except Exception as error:  # the simulator itself raises nothing
             raise TracekitError(
-                f"{rule.path}: cannot be compiled for the simulator ({reason}); use plain arithmetic on ints, "
-                "floats and bools"
+                f"{rule.path}: in the simulator the policy raises {type(error).__name__}: {error}"
             ) from None
 
     return run
+
+
+def _not_compiled(rule: Rule, message: str) -> str:
+    """One line of Numba's many: the reason, and where in the policy, whose lines the joined module begins with."""
+    n_lines = len(rule.source.splitlines())
+    numbers = [n for n in map(int, re.findall(r"(?:, line |\.py \()(\d+)", message)) if n <= n_lines]
+    lines = [line.strip() for line in message.splitlines() if line.strip() and not line.startswith("Failed in")]
+    lines = lines or [message]
+    reason = re.sub(r",? (defined at|Raised from) .*", "", " ".join(lines[: 1 + lines[0].endswith(":")])).rstrip(".")
+    return (
+        f"{rule.path}{f', line {numbers[0]}' if numbers else ''}: cannot be compiled for the simulator ({reason}); "
+        "use plain arithmetic on ints, floats and bools"
+    )
 
 
 @cache
@@ -102,18 +117,19 @@ def interpreted(rule: Rule, simulator: ModuleType = kernel) -> ModuleType:
 
 def _module(rule: Rule, simulator: ModuleType, njit: str, version: str) -> ModuleType:
     source = Path(simulator.__file__).read_text()
-    taken = (_names(source) - {"params_of"}) & _names(rule.source)
-    if taken:
-        raise TracekitError(f"{rule.path}: the name {sorted(taken)[0]} is the simulator's; choose another")
-    own = rule.source.replace("from __future__ import annotations\n", "")
+    names, others = rule.decide.__globals__, {**vars(builtins), **vars(simulator)}
+    for name in names:
+        if name in _BOUND or (name in others and names[name] is not others[name] and not _is_own(name)):
+            raise TracekitError(f"{rule.path}: the name {name} is the simulator's; choose another")
+    functions = [name for name, value in names.items() if getattr(value, "__globals__", None) is names]
     binding = _BINDING.format(
         njit=njit,
-        jitted="\n".join(f"{name} = _njit({name})" for name in _functions(rule.source)),
-        params=", ".join(_cast(kind, f"row[{i}]") for i, kind in enumerate(rule.types.values())),
+        jitted="\n".join(f"{name} = _njit({name})" for name in functions),
+        params=_casts(rule.types, "row"),
         parts="\n".join(f"{name} = _njit({name}{_FAST.get(name, '')})" for name in _helpers(source)),
-        state=", ".join(_cast(rule.State.__annotations__[f], f"state[{i}]") for i, f in enumerate(rule.State._fields)),
+        state=_casts(rule.state_types, "state"),
     )
-    whole = own + "\n\n" + source.replace(_PLACE, "") + binding
+    whole = rule.source + "\n\n" + source.replace(_PLACE, "") + binding
     identity = hashlib.sha256(
         "|".join((whole, *(Path(m.__file__).read_text() for m in (interface, kernel)), version, sys.version)).encode()
     ).hexdigest()[:16]
@@ -136,21 +152,14 @@ def _helpers(source: str) -> list[str]:
     return [name for name in imported + _functions(source) if name not in ("params_of", "walk_all")]
 
 
-def _names(source: str) -> set[str]:
-    """Functions and constants that ``source`` defines."""
-    constants = {
-        t.id
-        for node in ast.parse(source).body
-        if isinstance(node, ast.Assign)
-        for t in node.targets
-        if isinstance(t, ast.Name)
-    }
-    return constants | set(_functions(source))
+def _is_own(name: str) -> bool:
+    """Whether every policy has this name, or every module: the joined module has the policy's."""
+    return name in REQUIRED or name.startswith("__")
 
 
-def _cast(kind: Any, value: str) -> str:
-    """``value`` as the type a parameter or a field of the state is declared with; a scope as its number."""
-    return _CASTS.get(getattr(kind, "__name__", str(kind)), "int({})").format(value)
+def _casts(types: Mapping[str, Any], of: str) -> str:
+    """The numbers in ``of`` as the types that parameters or fields of the state are declared with."""
+    return ", ".join(_CASTS.get(kind, "int({})").format(f"{of}[{i}]") for i, kind in enumerate(types.values()))
 
 
 def _import(name: str, source: str) -> ModuleType:

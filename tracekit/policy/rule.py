@@ -36,6 +36,9 @@ class Rule:
     defaults: Mapping[str, Any] = field(hash=False)
     space: Mapping[str, str] = field(hash=False)
 
+    def __repr__(self) -> str:
+        return f"Rule({str(self.path)!r})"
+
     @property
     def sha256(self) -> str:
         """Identity of the file's source: evidence about a policy is evidence about this."""
@@ -85,6 +88,9 @@ class Policy:
 
     def __str__(self) -> str:
         return self.label
+
+    def __repr__(self) -> str:
+        return f"Policy({self.label!r})"
 
 
 def _text(value: Any) -> str:

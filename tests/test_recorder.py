@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -18,6 +19,7 @@ from tracekit.engine.provenance import run_facts
 from tracekit.engine.record import record
 from tracekit.engine.recorder import Recorder
 from tracekit.errors import TracekitError
+from tracekit.policy.rule import SHIPPED
 from tracekit.policy.spec import parse_one
 from tracekit.report.stats import summarise
 from tracekit.trace.journal import journal_of
@@ -101,6 +103,18 @@ def test_provenance_is_complete(models, settings, tmp_path):
     assert "processor" in run["machine"]
     assert 0 < run["record_us"] < run["wall_us"]
     assert any("recording took" in note for note in summarise(open_trace(path)).notes)
+
+
+def test_policy_file_of_ones_own_is_in_the_provenance(models, settings, tmp_path):
+    """The trace keeps the text of the policy that decided; a shipped one comes with its version of tracekit."""
+    mine, path = tmp_path / "mine.py", tmp_path / "t.duckdb"
+    mine.write_text((SHIPPED / "static.py").read_text() + "# mine\n")
+    for policy, text in ((f"{mine}:n_max=2", mine.read_text()), ("static:n_max=2", None)):
+        with Engine(models["plain"], policy, settings, trace=path, force=True) as engine:
+            engine.generate("import", max_tokens=4)
+            sha = engine.policy.rule.sha256 if text else None
+        kept = json.loads(open_trace(path).runs["settings"][0])
+        assert (kept.get("policy_source"), kept.get("policy_sha256")) == (text, sha)
 
 
 _GENERATE = """

@@ -290,7 +290,7 @@ def test_folder_in_the_way_is_one_clear_line(tmp_path):
 
 
 def _file(tmp_path, kind):
-    path = tmp_path / "t.duckdb"
+    path = tmp_path / "clock.duckdb"  # not taken for a lock
     if kind == "missing":
         return path
     if kind == "foreign file":

@@ -21,7 +21,7 @@ def held_by(error: duckdb.Error) -> str:
     reason.
     """
     message = str(error)
-    if "lock" in message:
+    if "Could not set lock on file" in message:
         owner = re.search(r"PID (\d+)", message)
         who = f"process {owner[1]}" if owner else "another process"
         return f"being written by {who}; wait until it has finished, or stop it (nothing recorded is lost)"

@@ -7,13 +7,15 @@ import os
 import subprocess
 import sys
 import tomllib
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tracekit import campaign
 from tracekit.campaign import PLANS, read_plan, shipped_plans
-from tracekit.engine import Engine
+from tracekit.engine import Engine, lib
 from tracekit.engine.doctor import demand_gpu, examine, surroundings
 from tracekit.engine.gpu import GpuSensors, gpus
 from tracekit.engine.placement import Placement
@@ -21,8 +23,11 @@ from tracekit.engine.recorder import Recorder
 from tracekit.errors import TracekitError
 from tracekit.policy import file
 from tracekit.report.stats import summarise
+from tracekit.study import Study, Teller, Workload, complete, conduct, recording
+from tracekit.trace.journal import Journal
 from tracekit.trace.rows import GpuReading
 from tracekit.trace.store import open_trace
+from tracekit.trace.writer import TraceWriter
 
 CUDA_LOG = """\
 load_tensors: layer   0 assigned to device CUDA0, is_swa = 0
@@ -72,6 +77,78 @@ def test_a_campaign_goes_on_where_it_stopped(tmp_path):
     run("smoke", *options)
     assert before == {p: p.stat().st_mtime_ns for p in folder.glob("*.duckdb")}
     assert "not of a campaign with this plan" in run("cuda", *options, code=2).stderr
+
+
+@contextmanager
+def _watching(_):
+    yield lambda done, total: None
+
+
+QUIET = Teller(lambda line: None, _watching)
+
+
+def _study(models, settings, folder):
+    """A study that is over soon."""
+    return Study(folder, "s", models["plain"], None, replace(settings, n_max=2), Workload(4, 0.0, 1, 1, 0))
+
+
+def test_a_study_that_was_interrupted_records_anew(models, settings, tmp_path):
+    """What is left of an interrupted recording, and what was made of it, is kept beside and rested on no more."""
+
+    @contextmanager
+    def interrupted(what):
+        def update(done, total):
+            raise KeyboardInterrupt
+
+        yield update
+
+    study, trace = _study(models, settings, tmp_path), tmp_path / "s.duckdb"
+    with pytest.raises(KeyboardInterrupt):
+        conduct(study, Teller(lambda line: None, interrupted))
+    trace.with_suffix(".toml").write_text("stale")
+    trace.with_suffix(".json").write_text("stale")
+    assert not complete(trace)
+    assert {p.name for p in tmp_path.iterdir()} == {"s-cut-off.duckdb", "s-cut-off.toml", "s-cut-off.json"}
+    assert open_trace(tmp_path / "s-cut-off.duckdb").frame("SELECT count(*) AS n FROM steps")["n"][0] > 0
+    with recording(QUIET, "tokens", study.model, settings=study.settings, trace=trace) as (engine, _):
+        engine.generate("import", max_tokens=8)
+    assert complete(trace)
+
+
+def test_a_recording_that_fails_stops_a_study(models, settings, tmp_path, monkeypatch):
+    """Nothing is tuned on what a full disk has left: one line says what happened, at once."""
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Journal, "append", full)
+    with pytest.raises(TracekitError, match=r"s\.duckdb: recording stopped \(No space left on device\)"):
+        conduct(_study(models, settings, tmp_path), QUIET)
+    assert not (tmp_path / "s.toml").exists()
+    assert not complete(tmp_path / "s.duckdb")
+
+
+def test_models_of_another_seed_have_another_name(tmp_path, monkeypatch):
+    """A plan with another seed does not take up the models of the first."""
+    monkeypatch.setattr(campaign, "build", lambda path, *_, **__: path.touch())
+    plan = read_plan("smoke")[0]
+    for seed in (0, 1):
+        run = campaign.Campaign(plan.model_copy(update={"seed": seed}), tmp_path, tmp_path, QUIET)
+        run._build(plan.sizes[0])
+    assert len(list(tmp_path.glob("*.gguf"))) == 4
+
+
+def test_force_empties_a_campaigns_folder_of_traces_and_what_lies_beside_them(tmp_path):
+    """Journals and logs go too, even those whose trace was moved; a trace being recorded is refused and stays."""
+    for name in ("a.duckdb", "a.duckdb.wal", "b-1.5.duckdb.journal", "a.toml", "notes.md"):
+        (tmp_path / name).touch()
+    campaign.open_campaign(tmp_path, "plan", force=True)
+    assert {p.name for p in tmp_path.iterdir()} == {"plan.toml", "notes.md"}
+    writer = TraceWriter.create(tmp_path / "a.duckdb")
+    with pytest.raises(TracekitError, match=r"a\.duckdb: being written by this process"):
+        campaign.open_campaign(tmp_path, "plan", force=True)
+    writer.close()
+    assert (tmp_path / "a.duckdb").exists()
 
 
 def test_environment_says_where_the_model_lies(models):
@@ -168,7 +245,7 @@ def test_bad_plans_get_one_line(tmp_path, edit, message):
 
 def test_a_gpu_that_is_demanded_and_missing_stops_the_campaign(tmp_path, monkeypatch):
     """A plan for a GPU ends with one line on a machine without, before anything is recorded."""
-    if any(not d["name"].startswith("CPU") for d in surroundings()["devices"]):
+    if lib.has_gpu():
         pytest.skip("there is a GPU")
     path = tmp_path / "plan.toml"
     text = (PLANS / "smoke.toml").read_text().replace("require_gpu = false", "require_gpu = true")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -17,6 +19,7 @@ from tracekit.engine.provenance import run_facts
 from tracekit.engine.record import record
 from tracekit.engine.recorder import Recorder
 from tracekit.errors import TracekitError
+from tracekit.policy.rule import SHIPPED
 from tracekit.policy.spec import parse_one
 from tracekit.report.stats import summarise
 from tracekit.trace.journal import journal_of
@@ -102,6 +105,18 @@ def test_provenance_is_complete(models, settings, tmp_path):
     assert any("recording took" in note for note in summarise(open_trace(path)).notes)
 
 
+def test_policy_file_of_ones_own_is_in_the_provenance(models, settings, tmp_path):
+    """The trace keeps the text of the policy that decided; a shipped one comes with its version of tracekit."""
+    mine, path = tmp_path / "mine.py", tmp_path / "t.duckdb"
+    mine.write_text((SHIPPED / "static.py").read_text() + "# mine\n")
+    for policy, text in ((f"{mine}:n_max=2", mine.read_text()), ("static:n_max=2", None)):
+        with Engine(models["plain"], policy, settings, trace=path, force=True) as engine:
+            engine.generate("import", max_tokens=4)
+            sha = engine.policy.rule.sha256 if text else None
+        kept = json.loads(open_trace(path).runs["settings"][0])
+        assert (kept.get("policy_source"), kept.get("policy_sha256")) == (text, sha)
+
+
 _GENERATE = """
     import sys, time
     from tracekit.engine import Engine, Settings
@@ -170,12 +185,12 @@ _FOLD_ALWAYS = """
     from tracekit.engine import Engine, Settings
     from tracekit.engine.provenance import run_facts
     from tracekit.engine.recorder import Recorder
-    engine = Engine(sys.argv[1], "static:n_max=3", Settings(n_max=6))
+    engine = Engine(sys.argv[1], "static:n_max=3", Settings(n_max=6, threads=1))
     facts = run_facts(engine.model, None, engine.settings, engine.policy, None, engine.placement)
     engine._loop.observer = Recorder(sys.argv[2], facts, interval_s=0.005, journal_bytes=20_000)
-    print("recording", flush=True)
     while True:
         engine.generate("import os", max_tokens=50)
+        print("recording", flush=True)
 """
 
 
@@ -208,7 +223,7 @@ def test_full_disk_stops_recording_and_nothing_else(models, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000))
         logging.basicConfig(level=logging.ERROR, format="%(message)s")
         from tracekit.engine import Engine, Settings
-        with Engine(sys.argv[1], "static:n_max=3", Settings(n_max=6), trace=sys.argv[2]) as engine:
+        with Engine(sys.argv[1], "static:n_max=3", Settings(n_max=6, threads=1), trace=sys.argv[2]) as engine:
             n = 0
             while not engine.recorder.failed:
                 engine.generate("import os", max_tokens=200)
@@ -223,6 +238,133 @@ def test_full_disk_stops_recording_and_nothing_else(models, tmp_path):
     assert result.stderr.count("recording into") == 1
     assert "Traceback" not in result.stderr
     assert open_trace(path).frame("SELECT count(*) AS n FROM verifications")["n"][0] > 100
+
+
+def test_one_bad_request_costs_the_trace_that_request(models, settings, tmp_path, caplog):
+    """A number that no column holds is left out, once said so; every other request is there, and the run counts as
+    complete.
+    """
+    path = tmp_path / "t.duckdb"
+    with Engine(models["plain"], "static:n_max=2", replace(settings, n_ctx=64), trace=path) as engine:
+        for name, n in (("a", 8), ("too many", 1 << 40), (7, 8), ("far too many", 1 << 70), ("b", 8)):
+            engine.generate("import", max_tokens=n, prompt_id=name)
+    trace = open_trace(path)
+    assert trace.frame("SELECT prompt_id FROM requests ORDER BY request")["prompt_id"].to_list() == ["a", "7", "b"]
+    assert trace.frame("SELECT count(*) AS n FROM request_ends")["n"][0] == 5
+    assert trace.runs["wall_us"][0] > 0
+    assert ["leaves out" in record.message for record in caplog.records] == [True]
+
+
+def _recording(engine, path, **options):
+    """A recorder of ``engine`` beside its own, which is left out of it."""
+    facts = run_facts(engine.model, None, engine.settings, engine.policy, None, engine.placement)
+    engine._loop.observer = recorder = Recorder(path, facts, interval_s=0.01, **options)
+    return recorder
+
+
+def test_whatever_breaks_the_writer_is_told_and_nothing_piles_up(models, settings, tmp_path, caplog):
+    """When the writing thread meets what nobody thought of, recording stops with one message, and counts as cut off."""
+
+    def sensors(run, t_us):
+        raise RuntimeError("the driver has gone")
+
+    path = tmp_path / "t.duckdb"
+    with Engine(models["plain"], "static:n_max=2", settings) as engine:
+        recorder = _recording(engine, path, sensors=sensors)
+        engine.generate("import", max_tokens=8)
+        late = time.monotonic() + 30
+        while not recorder.failed:
+            assert time.monotonic() < late
+            time.sleep(0.01)
+        assert len(engine.generate("import", max_tokens=8).tokens) == 8
+        assert not recorder._pending
+        with pytest.raises(TracekitError, match="the driver has gone"):
+            recorder.demand()
+        recorder.close()
+    assert open_trace(path).runs["wall_us"][0] is None
+    assert ["the driver has gone" in record.message for record in caplog.records] == [True]
+
+
+def test_engine_lets_go_of_everything_however_recording_ends(models, settings, tmp_path, monkeypatch):
+    """Contexts and models are freed, too, when closing the recorder fails."""
+    engine = Engine(models["plain"], settings=settings, trace=tmp_path / "t.duckdb")
+    target, recorder = engine._target, engine.recorder
+
+    def fails(**_):
+        recorder_close()
+        raise KeyboardInterrupt
+
+    recorder_close = recorder.close
+    monkeypatch.setattr(recorder, "close", fails)
+    with pytest.raises(KeyboardInterrupt):
+        engine.close()
+    assert (engine.model, engine._target) == (None, None)
+    assert not target.handle
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_leaving_with_an_exception_leaves_a_trace_that_says_so(models, settings, tmp_path, error):
+    """Interrupted half-way the file is whole and closed, and its run counts as cut off."""
+    path = tmp_path / "t.duckdb"
+
+    def leave():
+        with Engine(models["plain"], settings=settings, trace=path) as engine:
+            engine.generate("import", max_tokens=8)
+            raise error
+
+    with pytest.raises(error):
+        leave()
+    assert list(tmp_path.iterdir()) == [path]
+    trace = open_trace(path)
+    assert trace.frame("SELECT n_generated FROM request_ends")["n_generated"].to_list() == [8]
+    assert "cut off" in summarise(trace).headline
+
+
+def test_environment_variable_never_stops_an_engine(models, settings, tmp_path, monkeypatch, caplog):
+    """Where TRACEKIT_TRACE cannot be written, one line says so and the engine runs; asked for by name it is refused."""
+    path = tmp_path / "missing" / "t.duckdb"
+    monkeypatch.setenv("TRACEKIT_TRACE", str(path))
+    with Engine(models["plain"], settings=settings) as engine:
+        assert len(engine.generate("import", max_tokens=8).tokens) == 8
+        assert engine.recorder is None
+    assert ["nothing is recorded" in record.message for record in caplog.records] == [True]
+    with pytest.raises(TracekitError, match="cannot be written"):
+        Engine(models["plain"], settings=settings, trace=path)
+
+
+def test_name_that_is_taken_meanwhile_is_left_to_whoever_took_it(models, settings, tmp_path, monkeypatch):
+    """Of two engines that begin with one TRACEKIT_TRACE together, the later takes the next name."""
+    monkeypatch.setenv("TRACEKIT_TRACE", str(tmp_path / "t.duckdb"))
+    names = ["t.duckdb", "t.duckdb", "t-2.duckdb"]  # the second: as found free before the first was made
+    monkeypatch.setattr("tracekit.engine.recorder.free_path", lambda wanted: tmp_path / names.pop(0))
+    with Engine(models["plain"], settings=settings) as one, Engine(models["plain"], settings=settings) as two:
+        assert (one.recorder.path.name, two.recorder.path.name) == ("t.duckdb", "t-2.duckdb")
+
+
+_FORK = """
+    import os, sys
+    from tracekit.engine import Engine, Settings
+    with Engine(sys.argv[1], "static:n_max=3", Settings(n_max=6), trace=sys.argv[2]) as engine:
+        engine.generate("import os", max_tokens=20, prompt_id="before")
+        if (child := os.fork()) == 0:
+            engine.close()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert os.path.exists(sys.argv[2] + ".journal")
+        engine.generate("import os", max_tokens=20, prompt_id="after")
+"""
+
+
+def test_a_forked_process_leaves_its_parents_trace_alone(models, tmp_path):
+    """A child that ends, and closes what it has inherited, takes nothing out of the trace and adds nothing."""
+    path = tmp_path / "t.duckdb"
+    command = [sys.executable, "-c", textwrap.dedent(_FORK), str(models["plain"]), str(path)]
+    subprocess.run(command, check=True, timeout=120)
+    assert list(tmp_path.iterdir()) == [path]
+    trace = open_trace(path)
+    requests = trace.frame("SELECT prompt_id FROM requests ORDER BY request")["prompt_id"]
+    assert requests.to_list() == ["before", "after"]
+    assert trace.runs["wall_us"][0] > 0
 
 
 def test_probe_of_cut_off_requests_is_usable(models, settings, tmp_path):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 from pathlib import Path
 
 import duckdb
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,8 +20,8 @@ from hypothesis import strategies as st
 from tracekit.engine.recorder import free_path
 from tracekit.errors import TracekitError
 from tracekit.trace import rows, schema
-from tracekit.trace.fold import batches, fold
-from tracekit.trace.journal import LAYOUT, Journal, entries
+from tracekit.trace.fold import batches, fold, storable
+from tracekit.trace.journal import LAYOUT, Journal, entries, journal_of
 from tracekit.trace.pending import Pending
 from tracekit.trace.store import open_trace
 from tracekit.trace.writer import TraceWriter, columns
@@ -27,7 +30,6 @@ TABLES = {
     "run_ends": rows.RunEnd,
     "requests": rows.RequestRow,
     "request_ends": rows.RequestEnd,
-    "steps": rows.Step,
     "verifications": rows.Verification,
     "gpu_readings": rows.GpuReading,
 }
@@ -104,8 +106,8 @@ _RUN = (
 )
 
 
-def _cut_off(folder, row):
-    writer, journal = _journal(folder, [row])
+def _cut_off(folder, *events):
+    writer, journal = _journal(folder, events)
     writer._con.execute(_RUN.format(version=schema.VERSION))
     writer.close()
     return writer.path, journal
@@ -118,15 +120,89 @@ def test_recording_that_was_cut_off_is_completed_when_opened(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_recording_that_cannot_be_completed_says_why(tmp_path):
-    """Rows that do not fit into the trace stay in the journal, and one line says what to do."""
-    path, journal = _cut_off(tmp_path, _ROW._replace(n_asked=2**15))
-    with pytest.raises(TracekitError, match=r"cut off.*t\.duckdb\.journal.*32768.*delete") as error:
-        open_trace(path)
+def test_what_no_table_can_hold_is_left_out_and_nothing_else(tmp_path, caplog, monkeypatch):
+    """A bad row does not keep a cut-off recording from being completed: the others are there, each once, also where
+    the journal is not deleted afterwards.
+    """
+    path, journal = _cut_off(tmp_path, _ROW, None, _ROW._replace(n_asked=2**15), None, _ROW._replace(step=1))
+    with monkeypatch.context() as killed:
+        killed.setattr(Path, "unlink", _no_space)
+        with pytest.raises(TracekitError, match="cannot be added"):
+            open_trace(path)
+    assert journal.exists()
+    found = open_trace(path).frame("SELECT step, n_asked FROM verifications ORDER BY step").rows()
+    assert found == [(0, 2), (1, 2)]
+    assert list(tmp_path.iterdir()) == [path]
+    assert ["32768" in record.message for record in caplog.records] == [True]
+
+
+def test_rows_that_cannot_be_stored_are_left_out_one_by_one():
+    """A request with a number too large, a step of an hour: the rows beside them stay; names that are no text fit."""
+    pending = Pending(run=3)
+    good = rows.RequestRow(3, 0, 7, None, "live", 0, 1, np.int64(9), 64, 0.5, 1)
+    pending.began(good)
+    pending.began(good._replace(request=1, max_tokens=1 << 40))
+    moments = rows.Moments(**dict.fromkeys(rows.Moments._fields, 0))
+    for step, learned in enumerate((10_000, 3 << 40, 20_000)):
+        pending.stepped(moments._replace(step=step, learned_ns=learned))
+    pending.verified(_ROW[1:-4], *_ROW[-4:])
+    entry, why = storable(pending.take())
+    assert entry.requests == [(3, 0, "7", "None", "live", 0, 1, 9, 64, 0.5, 1)]
+    assert batches([entry])["steps"]["step"].to_pylist() == [0, 2]
+    assert (entry.n_verifications, len(why)) == (1, 2)
+
+
+def test_recording_that_cannot_be_completed_says_why(tmp_path, monkeypatch):
+    """Where the trace cannot be written its rows stay in the journal, and one line says what to do."""
+    path, journal = _cut_off(tmp_path, _ROW)
+    with monkeypatch.context() as full:
+        full.setattr(TraceWriter, "append", _no_space)
+        with pytest.raises(TracekitError, match=r"cut off.*t\.duckdb\.journal.*No space.*delete") as error:
+            open_trace(path)
     assert "\n" not in str(error.value)
     assert journal.exists()
-    journal.unlink()
-    assert open_trace(path).frame("SELECT * FROM verifications").is_empty()
+    assert open_trace(path).frame("SELECT count(*) AS n FROM verifications")["n"][0] == 1
+
+
+def _no_space(*_, **__):
+    raise OSError("No space left on device")
+
+
+_OPEN = """
+    import sys, time
+    from tracekit.trace.store import open_trace
+    print("ready", flush=True)
+    time.sleep(max(0, float(sys.stdin.readline()) - time.time()))
+    print(open_trace(sys.argv[1]).frame("SELECT count(*) AS n FROM verifications")["n"][0])
+"""
+
+
+def test_several_readers_open_a_cut_off_trace_at_once(tmp_path):
+    """One of them completes it, the others wait for that, and all read every row."""
+    path, _ = _cut_off(tmp_path, *[_ROW] * 20_000)
+    command = [sys.executable, "-c", textwrap.dedent(_OPEN), str(path)]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    readers = [subprocess.Popen(command, text=True, **pipes) for _ in range(4)]
+    for reader in readers:
+        reader.stdout.readline()
+    at = f"{time.time() + 0.5}\n"
+    results = [reader.communicate(at, timeout=60) for reader in readers]
+    assert [out.strip() for out, _ in results] == ["20000"] * 4, results
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_cut_off_trace_that_another_process_reads_names_it(tmp_path):
+    """Who holds the file is named; nobody is told to delete the rows that wait in the journal."""
+    path, journal = _cut_off(tmp_path, _ROW)
+    code = "duckdb.connect({path!r}, read_only=True)"
+    with (
+        _holding(path, code) as reader,
+        pytest.raises(TracekitError, match=f"process {reader.pid}; wait until") as error,
+    ):
+        open_trace(path)
+    assert "delete" not in str(error.value)
+    assert journal.exists()
+    assert open_trace(path).frame("SELECT count(*) AS n FROM verifications")["n"][0] == 1
 
 
 def test_journal_of_another_version_is_left_alone(tmp_path):
@@ -156,10 +232,12 @@ def test_a_step_is_worked_out_of_its_moments():
         pending.stepped(
             rows.Moments(**names | dict(zip(names, times, strict=False), step=step, record_ns=1_600 * step))
         )
-    found = [rows.Step(*row.values()) for row in batches([pending.take()])["steps"].to_pylist()]
-    assert [s.t_us for s in found] == [0, 100, 200]
-    assert [s.record_us for s in found] == [0, 1, 2]
-    assert {s[12:] for s in (s._replace(record_us=0) for s in found)} == {(0, 0, 3, 50, 5, 5, 0, 70)}
+    found = batches([pending.take()])["steps"].to_pydict()
+    assert list(found) == list(columns("steps"))
+    assert found.pop("t_us") == [0, 100, 200]
+    assert found.pop("record_us") == [0, 1, 2]
+    spans = {"catchup_us": 3, "target_us": 50, "sample_us": 5, "policy_us": 5, "wall_us": 70}
+    assert {name: set(found[name]) for name in spans} == {name: {span} for name, span in spans.items()}
     assert (pending.wall_us, pending.record_us) == (270, 3)
 
 
@@ -168,7 +246,7 @@ def test_schema_is_what_duckdb_makes_of_it(tmp_path):
     writer = TraceWriter.create(tmp_path / "t.duckdb")
     writer.close()
     with duckdb.connect(str(tmp_path / "t.duckdb")) as con:
-        for table in ("runs", *TABLES):
+        for table in ("runs", "steps", *TABLES):
             names = [
                 r[0]
                 for r in con.execute(
@@ -212,7 +290,7 @@ def test_folder_in_the_way_is_one_clear_line(tmp_path):
 
 
 def _file(tmp_path, kind):
-    path = tmp_path / "t.duckdb"
+    path = tmp_path / "clock.duckdb"  # not taken for a lock
     if kind == "missing":
         return path
     if kind == "foreign file":
@@ -255,15 +333,33 @@ def test_bad_files_get_one_clear_line(tmp_path, kind, hint):
     assert "\n" not in str(error.value)
 
 
+@contextlib.contextmanager
+def _holding(path, connect="duckdb.connect({path!r})"):
+    """Another process that holds ``path``."""
+    code = f"import duckdb, sys; con = {connect.format(path=str(path))}; print('open', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        other.stdout.readline()
+        yield other
+        other.stdin.close()
+
+
 def test_file_being_written_names_its_writer(tmp_path):
     """While another process records into a file, opening it says which process that is."""
     path = tmp_path / "t.duckdb"
     TraceWriter.create(path).close()
-    code = f"import duckdb, sys; con = duckdb.connect({str(path)!r}); print('open', flush=True); sys.stdin.read()"
-    with subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as writer:
-        writer.stdout.readline()
-        with pytest.raises(TracekitError, match=f"being written by process {writer.pid}"):
-            open_trace(path)
-        writer.stdin.close()
+    with _holding(path) as writer, pytest.raises(TracekitError, match=f"being written by process {writer.pid}"):
+        open_trace(path)
+
+
+def test_force_does_not_touch_what_another_process_records(tmp_path):
+    """Overwriting is for what was recorded, not for what is being recorded: that is refused, and left as it is."""
+    path = tmp_path / "t.duckdb"
+    TraceWriter.create(path).close()
+    journal_of(path).write_bytes(b"rows")
+    with _holding(path) as writer, pytest.raises(TracekitError, match=f"being written by process {writer.pid}"):
+        TraceWriter.create(path, force=True)
+    assert {p.name for p in tmp_path.iterdir()} >= {"t.duckdb", "t.duckdb.journal"}
+    TraceWriter.create(path, force=True).close()
+    assert list(tmp_path.iterdir()) == [path]

@@ -27,7 +27,7 @@ from tracekit.errors import TracekitError
 from tracekit.model.build import build
 from tracekit.model.prompt_sets import SETS
 from tracekit.policy.spec import parse_one
-from tracekit.study import Finding, Study, Teller, Workload, complete, conduct
+from tracekit.study import Finding, Study, Teller, Workload, complete, conduct, recording, remove
 
 PLANS = Path(__file__).parent / "plans"
 KEPT = (".duckdb", ".json", ".png", ".toml", ".txt")
@@ -167,7 +167,8 @@ class Campaign:
 
     def _build(self, size: Size) -> tuple[Path, Path]:
         """The expanded model and the misaligned sidecar, built where they are missing."""
-        stem = f"reference-{size.width}x{size.layers}-{size.type}"
+        seed = f"-seed-{self.plan.seed}" if self.plan.seed else ""
+        stem = f"reference-{size.width}x{size.layers}-{size.type}{seed}"
         model, sidecar = self.models / f"{stem}.gguf", self.models / f"{stem}-misaligned-sidecar.gguf"
         for path, drafter_alone in ((model, False), (sidecar, True)):
             if not path.exists():
@@ -216,7 +217,7 @@ class Campaign:
         base = self._settings(size)
         settings = replace(base, n_slots=plan.slots[-1], n_max=plan.n_max, n_ctx=plan.n_ctx(base.n_batch))
         sweep = surface.Sweep(plan.n_max, self.plan.seed)
-        with Engine(model, None, settings, trace=path, probe=sweep) as engine, self.tell.progress("decodes") as update:
+        with recording(self.tell, "decodes", model, None, settings, trace=path, probe=sweep) as (engine, update):
             surface.calibrate(engine, sweep, plan, progress=update)
         self._weigh(path)
 
@@ -227,10 +228,8 @@ class Campaign:
         self._may_go_on()
         self.tell.say(f"[{size.name}] recording live: {live.policy}, {live.slots} slots, context {live.context}")
         settings = self._settings(size, n_slots=live.slots, n_ctx=live.context)
-        with (
-            Engine(model, parse_one(live.policy), settings, sidecar, trace=path) as engine,
-            self.tell.progress("tokens") as update,
-        ):
+        made = model, parse_one(live.policy), settings, sidecar
+        with recording(self.tell, "tokens", *made, trace=path) as (engine, update):
             requests = self.plan.workload().requests("tune")
             record(engine, [_led_up_to(engine, r, live.context, requests) for r in requests], True, update)
         self._weigh(path)
@@ -249,8 +248,10 @@ def open_campaign(folder: Path, text: str, force: bool) -> None:
     path = folder / "plan.toml"
     if folder.exists() and any(folder.iterdir()):
         if force:
+            for trace in {old.name.partition(".duckdb")[0] for old in folder.glob("*.duckdb*")}:
+                remove(folder, trace)
             for old in folder.iterdir():
-                if old.suffix in (*KEPT, ".wal", ".journal"):
+                if old.suffix in KEPT:
                     old.unlink()
         elif not path.is_file() or path.read_text("utf-8") != text:
             raise TracekitError(

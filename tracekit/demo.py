@@ -14,7 +14,7 @@ import polars as pl
 from tracekit.engine import Settings
 from tracekit.errors import TracekitError
 from tracekit.model.build import build
-from tracekit.study import ENDINGS, Finding, Study, Teller, Workload, conduct
+from tracekit.study import ENDINGS, Finding, Study, Teller, Workload, conduct, remove
 
 N_MAX = 8
 HEADS = ("aligned", "misaligned")
@@ -71,8 +71,8 @@ def _open(folder: Path, plan: Plan, force: bool, resume: bool) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     for name in HEADS:
-        for ending in ("gguf", "duckdb.wal", "duckdb.journal", *ENDINGS):
-            (folder / f"{name}.{ending}").unlink(missing_ok=True)
+        remove(folder, name)
+        (folder / f"{name}.gguf").unlink(missing_ok=True)
     path.write_text(_text(plan))
 
 

@@ -7,10 +7,11 @@ A study that was stopped goes on with the first stage whose file is missing: ``N
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tracekit.engine import Engine, Probe, Request, Settings
 from tracekit.engine.record import as_requests, record
@@ -19,6 +20,7 @@ from tracekit.model.prompt_sets import Prompt, load
 from tracekit.policy import file
 from tracekit.policy.file import PolicyFile
 from tracekit.replay.league import League
+from tracekit.trace import files
 from tracekit.trace.store import open_trace
 from tracekit.tune.evidence import tune
 from tracekit.tune.space import default_space
@@ -93,10 +95,8 @@ def conduct(study: Study, tell: Teller, may_go_on: Callable[[], None] = lambda: 
         what = f"{n_max} drafts at every position of {len(requests)} prompts, and baselines"
         tell.say(f"[{study.name}] recording: {what}")
         probe = Probe(n_max, work.seed)
-        with (
-            Engine(study.model, None, study.settings, study.draft_model, trace=trace, probe=probe) as engine,
-            tell.progress("tokens") as update,
-        ):
+        made = study.model, None, study.settings, study.draft_model
+        with recording(tell, "tokens", *made, trace=trace, probe=probe) as (engine, update):
             record(engine, requests, baseline=True, progress=update)
     if not policy.exists():
         may_go_on()
@@ -119,11 +119,42 @@ def conduct(study: Study, tell: Teller, may_go_on: Callable[[], None] = lambda: 
     return Finding(study.name, tuned, Verdict.load(result))
 
 
+@contextmanager
+def recording(
+    tell: Teller, what: str, *made: Any, **options: Any
+) -> Iterator[tuple[Engine, Callable[[int, int], None]]]:
+    """An engine (``made`` and ``options`` are its) that records, and how to say how many of ``what`` are done.
+
+    Raises :class:`TracekitError` as soon as recording fails, where the engine alone would go on without.
+    """
+    with Engine(*made, **options) as engine, tell.progress(what) as show:
+        recorder = engine.recorder
+
+        def update(done: int, total: int) -> None:
+            recorder.demand()
+            show(done, total)
+
+        yield engine, update
+    recorder.demand()
+
+
 def complete(trace: Path) -> bool:
-    """Whether ``trace`` was recorded to its end; one that was cut off is kept under another name."""
-    if not trace.exists():
-        return False
-    if open_trace(trace).runs["wall_us"].is_not_null().all():
+    """Whether ``trace`` was recorded to its end; what is left of one that was not, and what was made of it, is kept
+    under another name.
+    """
+    if trace.exists() and open_trace(trace).runs["wall_us"].is_not_null().all():
         return True
-    trace.rename(free_path(str(trace.with_stem(f"{trace.stem}-cut-off"))))
+    kept = free_path(trace.with_stem(f"{trace.stem}-cut-off"))
+    for ending in ENDINGS:
+        old = trace.with_suffix(f".{ending}")
+        if old.exists():
+            old.rename(kept.with_suffix(f".{ending}"))
     return False
+
+
+def remove(folder: Path, name: str) -> None:
+    """Delete what a study has left in ``folder``. Raises :class:`TracekitError` while its trace is recorded."""
+    trace = folder / f"{name}.duckdb"
+    files.remove(trace)
+    for ending in ENDINGS:
+        trace.with_suffix(f".{ending}").unlink(missing_ok=True)

@@ -24,7 +24,7 @@ def demand_gpu(facts: dict[str, Any]) -> None:
     """Raise :class:`TracekitError` unless ``facts`` (:func:`surroundings`; ``model``: :func:`examine`) tell of a GPU
     that llama.cpp can use, and of a model that lies on it.
     """
-    if all(device["name"].startswith("CPU") for device in facts["devices"]):
+    if all(lib.is_processor(device["name"]) for device in facts["devices"]):
         seen = f"the driver shows {facts['machine']['gpus'][0]['name']}, but " if facts["machine"]["gpus"] else ""
         raise TracekitError(
             f"{seen}llama.cpp sees no GPU; build it with CUDA: `make demo-cuda`, or docs/cuda.md for a machine offline"
@@ -56,7 +56,7 @@ def examine(path: str | Path, gpu_layers: int = -1) -> dict[str, Any]:
         works.append(f"{facts.n_layer_nextn} chained NextN layers: not supported yet")
     if memory != "partial":
         works.append("its memory cannot forget single tokens: not supported yet")
-    if gpu_layers and not placement.on_gpu and any(not name.startswith("CPU") for name, _, _ in lib.devices()):
+    if gpu_layers and not placement.on_gpu and lib.has_gpu():
         works.append("a GPU is there and does not hold all layers: more memory, or a smaller type, would help")
     return {
         "file": facts.path,

@@ -20,7 +20,7 @@ from tracekit.engine.model import Model
 from tracekit.engine.placement import Placement
 from tracekit.engine.probe import Probe
 from tracekit.engine.provenance import run_facts
-from tracekit.engine.recorder import Recorder, free_path
+from tracekit.engine.recorder import Recorder, record_beside
 from tracekit.engine.rollback import PartialRollback
 from tracekit.engine.sampling import BackendSampling
 from tracekit.engine.settings import CACHE_TYPES, FLASH_ATTN, Settings
@@ -76,10 +76,9 @@ class Engine:
             self._loop = Loop(self.model, self._target, self._drafter, PartialRollback(self._target), self.settings)
             self._loop.probe = probe
             self._loop.backend_sampling = backend_sampling
-            path = trace or free_path(os.environ.get("TRACEKIT_TRACE"))
-            if path:
+            if path := trace or os.environ.get("TRACEKIT_TRACE"):
                 facts = run_facts(self.model, self.draft_model, self.settings, self.policy, probe, self.placement)
-                self.recorder = Recorder(path, facts, force=force)
+                self.recorder = Recorder(path, facts, force=force) if trace else record_beside(path, facts)
                 self._loop.observer = self.recorder
         except BaseException:
             self.close()
@@ -250,18 +249,20 @@ class Engine:
                         yield text[sent:ready]
                         sent = ready
 
-    def close(self) -> None:
-        """Finish the trace, free contexts and models."""
-        if self.recorder is not None:
-            probe = self._probe
-            self.recorder.close(*((probe.n_checked, probe.n_diverged) if probe else ()))
-        for part in (self._drafter, self._target, self.draft_model, self.model):
-            if part is not None:
-                part.close()
-        self.recorder = self._drafter = self._target = self.draft_model = self.model = None
+    def close(self, cut_off: bool = False) -> None:
+        """Finish the trace, as one that was ``cut_off`` before its end if so; free contexts and models."""
+        try:
+            if self.recorder is not None:
+                probe = self._probe
+                self.recorder.close(*((probe.n_checked, probe.n_diverged) if probe else ()), cut_off=cut_off)
+        finally:
+            for part in (self._drafter, self._target, self.draft_model, self.model):
+                if part is not None:
+                    part.close()
+            self.recorder = self._drafter = self._target = self.draft_model = self.model = None
 
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(cut_off=kind is not None)

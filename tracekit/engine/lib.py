@@ -191,6 +191,11 @@ def cuda_graphs() -> bool | None:
     return "USE_GRAPHS = 1" in info and "GGML_CUDA_DISABLE_GRAPHS" not in os.environ
 
 
+def is_processor(device: str) -> bool:
+    """Whether the device that llama.cpp names so is a processor."""
+    return device.startswith("CPU")
+
+
 def devices() -> list[tuple[str, str, int]]:
     """``(name, description, total memory in bytes)`` of every device that ggml can compute on, processors last."""
     ggml = _ggml()
@@ -210,4 +215,4 @@ def devices() -> list[tuple[str, str, int]]:
         device, free, total = get(i), ctypes.c_size_t(), ctypes.c_size_t()
         ggml.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
         found.append((name(device).decode(), describe(device).decode(), total.value))
-    return sorted(found, key=lambda d: d[0].startswith("CPU"))
+    return sorted(found, key=lambda d: is_processor(d[0]))

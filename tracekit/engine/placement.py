@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from tracekit.engine.lib import is_processor
 from tracekit.errors import TracekitError
 
 _MIB = 1 << 20
@@ -54,14 +55,9 @@ class Placement:
         return cls(buffers, layers, offloaded, offloadable, flash)
 
     @property
-    def devices(self) -> list[str]:
-        """Devices that hold layers, as llama.cpp names them (``CUDA0``, ``CPU``)."""
-        return sorted(self.layers)
-
-    @property
     def on_gpu(self) -> bool:
         """Whether every layer, the output layer included, is on a device that is no processor."""
-        return bool(self.layers) and not any(name.startswith("CPU") for name in self.layers)
+        return bool(self.layers) and not any(map(is_processor, self.layers))
 
     def demand_gpu(self, model: str) -> None:
         """Raise :class:`TracekitError` unless every layer is on a GPU: a slow recording is worse than none."""

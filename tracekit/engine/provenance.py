@@ -16,7 +16,7 @@ from tracekit.engine.model import Model
 from tracekit.engine.placement import Placement
 from tracekit.engine.probe import Probe
 from tracekit.engine.settings import Settings
-from tracekit.policy.rule import Policy
+from tracekit.policy.rule import SHIPPED, Policy
 from tracekit.trace import schema
 
 
@@ -50,9 +50,15 @@ def run_facts(
         "llama_cpp": lib.build(),
         "device": device_name(),
         "driver": driver(),
-        "settings": settings.as_dict() | ({"probe_seed": probe.seed} if probe else {}),
+        "settings": settings.as_dict() | ({"probe_seed": probe.seed} if probe else _source(policy)),
         "machine": machine() | {"placement": placement.as_dict()},
     }
+
+
+def _source(policy: Policy) -> dict[str, str]:
+    """The text of a policy file of one's own, which its path alone would not bring back."""
+    rule = policy.rule
+    return {} if rule.path.parent == SHIPPED else {"policy_sha256": rule.sha256, "policy_source": rule.source}
 
 
 def device_name() -> str:

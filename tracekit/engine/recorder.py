@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -18,11 +19,13 @@ from typing import Any
 import duckdb
 
 from tracekit.engine.gpu import GpuSensors
-from tracekit.trace.fold import fold
+from tracekit.errors import TracekitError
+from tracekit.trace.files import first_line
+from tracekit.trace.fold import fold, storable
 from tracekit.trace.journal import Journal, files_of
 from tracekit.trace.pending import Pending
 from tracekit.trace.rows import GpuReading, RunEnd
-from tracekit.trace.writer import TraceWriter
+from tracekit.trace.writer import Taken, TraceWriter
 
 log = logging.getLogger("tracekit.engine")
 
@@ -49,33 +52,38 @@ class Recorder:
         self.path = Path(path)
         self.failed = ""
         self._writer = TraceWriter.create(path, force)
-        self._writer.append_run(run)
-        self._journal, self._journal_bytes = Journal(self.path), journal_bytes
+        try:
+            self._writer.append_run(run)
+            self._journal, self._journal_bytes = Journal(self.path), journal_bytes
+        except (duckdb.Error, OSError) as error:
+            raise TracekitError(f"{path}: cannot be written ({first_line(error)})") from None
         self._interval_s = interval_s
         self._pending = Pending(self.run)
         self.began, self.ended = self._pending.began, self._pending.ended
         self.stepped, self.verified = self._pending.stepped, self._pending.verified
-        self._nothing, self._writer_ns = True, 0
+        self._nothing, self._left_out, self._writer_ns = True, False, 0
+        self._process = os.getpid()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._write_until_stopped, name="tracekit-recorder", daemon=True)
         self._thread.start()
 
     def _write_until_stopped(self) -> None:
         while not self._stop.wait(self._interval_s):
-            self._flush()
+            self._attempt(self._flush)
 
     def _flush(self) -> None:
         """Write what has come in."""
         if not self._pending:
             return
-        began = time.thread_time_ns()
+        began, self._nothing = time.thread_time_ns(), False
         entry = self._pending.take()
-        if not self.failed:
-            self._nothing = False
-            readings = self._sensors(self.run, self._pending.wall_us)
-            self._attempt(lambda: self._journal.append(entry._replace(gpu_readings=readings)))
-            if self._journal.n_bytes > self._journal_bytes:
-                self._attempt(self._fold)
+        entry, unfit = storable(entry._replace(gpu_readings=self._sensors(self.run, self._pending.wall_us)))
+        if unfit and not self._left_out:
+            self._left_out = True
+            log.error("recording into %s leaves out what no trace can hold (%s)", self.path, unfit[0])
+        self._journal.append(entry)
+        if self._journal.n_bytes > self._journal_bytes:
+            self._fold()
         self._writer_ns += time.thread_time_ns() - began
 
     def _fold(self) -> None:
@@ -88,43 +96,71 @@ class Recorder:
             return
         try:
             write()
-        except (duckdb.Error, OSError, ValueError) as error:  # ValueError: a number too large for its column
-            self.failed = str(error).splitlines()[0]
+        except Exception as error:  # whatever it is, generation goes on
+            self.failed = first_line(error)
+            self.began = self.ended = self.stepped = self.verified = _ignore
+            self._pending = Pending(self.run)
             log.error(
                 "recording into %s stopped (%s); generation goes on, what was written is kept", self.path, self.failed
             )
 
-    def close(self, n_checked: int = 0, n_diverged: int = 0) -> None:
-        """Write the rest and close the file; the counts are a probe's (see the table ``run_ends``).
+    def close(self, n_checked: int = 0, n_diverged: int = 0, cut_off: bool = False) -> None:
+        """Write the rest and close the file; the counts are a probe's (see the table ``run_ends``). ``cut_off``: the
+        run was left before its end, and has none.
 
         A recording in which nothing ever happened leaves no file behind. One that has failed leaves its journal, to be
-        folded when the trace is opened.
+        folded when the trace is opened. In a forked process nothing happens: the file is its parent's.
         """
+        if os.getpid() != self._process:
+            return
         self._stop.set()
         self._thread.join()
-        self._flush()
+        self._attempt(self._flush)
         if self._nothing:
-            self._writer.close()
-            self._journal.remove()
-            self.path.unlink(missing_ok=True)
+            self._attempt(self._discard)
             return
         self._attempt(self._fold)  # after the run, and no part of what recording it took
         spent = self._pending.wall_us, self._pending.record_us, self._writer_ns // 1000
         end = RunEnd(self.run, *spent, n_checked, n_diverged)
-        self._attempt(lambda: self._writer.append({"run_ends": [end]}))
+        self._attempt(lambda: self._writer.append({"run_ends": [] if cut_off else [end]}))
         self._attempt(self._writer.close)
+        self._attempt(self._journal.remove)
         if self.failed:
             self._journal.close()
             with contextlib.suppress(duckdb.Error):
                 self._writer.close()
-        else:
-            self._journal.remove()
+
+    def _discard(self) -> None:
+        self._writer.close()
+        self._journal.remove()
+        self.path.unlink(missing_ok=True)
+
+    def demand(self) -> None:
+        """Raise :class:`TracekitError` where recording has failed: for those who record to have the trace."""
+        if self.failed:
+            raise TracekitError(f"{self.path}: recording stopped ({self.failed}); what was written before is kept")
 
 
-def free_path(wanted: str | None) -> Path | None:
-    """``wanted``, or the first of ``wanted-2``, ``wanted-3`` ... that does not exist: for recordings nobody watches."""
-    if not wanted:
-        return None
+def _ignore(*_: object) -> None:
+    """What a recorder that has failed does with rows."""
+
+
+def record_beside(wanted: str | Path, run: Mapping[str, Any]) -> Recorder | None:
+    """A recorder into ``wanted``, or the first free name after it, for recordings nobody watches: where none can be
+    written, one message says so.
+    """
+    while True:
+        try:
+            return Recorder(free_path(wanted), run)
+        except Taken:  # meanwhile, by another process
+            continue
+        except TracekitError as error:
+            log.error("%s; nothing is recorded", error)
+            return None
+
+
+def free_path(wanted: str | Path) -> Path:
+    """``wanted``, or the first of ``wanted-2``, ``wanted-3`` ... that does not exist."""
     path, n = Path(wanted), 1
     while any(file.exists() for file in files_of(path)):
         n += 1

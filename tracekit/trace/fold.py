@@ -4,6 +4,8 @@ cut off.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -12,21 +14,26 @@ import numpy as np
 import pyarrow as pa
 
 from tracekit.errors import TracekitError
-from tracekit.trace.journal import Entry, entries, journal_of
+from tracekit.trace.files import first_line, held_by
+from tracekit.trace.journal import Entry, Journal, entries, journal_of
 from tracekit.trace.pending import N_MOMENTS, N_WHOLE
 from tracekit.trace.rows import STOPS, Moments
 from tracekit.trace.writer import Rows, TraceWriter, columns
 
 _PLAIN = "requests", "request_ends", "gpu_readings"
 TABLES = *_PLAIN, "steps", "verifications"
+_OF_VERIFICATIONS = Entry._fields[Entry._fields.index("verifications") :]
+_UNFIT = TypeError, ValueError, OverflowError  # a value that is not of its column's type, or too large for it
+
+log = logging.getLogger("tracekit.trace")
 
 
 def fold(writer: TraceWriter) -> None:
     """Append to the trace, in one transaction, what its journal has and it has not.
 
     Each entry says how many rows came before it, and every fold ends with an entry: an entry that the file's number of
-    rows goes beyond is in it, whenever a process was killed. Raises ``duckdb.Error``, ``OSError``, and ``ValueError``
-    for a number too large for its column.
+    rows goes beyond is in it, whenever a process was killed. Raises ``duckdb.Error``, ``OSError``, and ``TypeError``,
+    ``ValueError`` or ``OverflowError`` for what its column cannot hold.
     """
     found = entries(journal_of(writer.path), writer.n_rows(TABLES))
     if found:
@@ -34,20 +41,76 @@ def fold(writer: TraceWriter) -> None:
 
 
 def finish(trace: Path) -> None:
-    """Fold the journal that a recording which was cut off has left, and delete it.
+    """Fold the journal that a recording which was cut off has left, and delete it; rows that no table can hold are left
+    out, and said so.
 
-    Raises :class:`TracekitError` where the trace cannot be written.
+    Raises :class:`TracekitError` where the trace cannot be written, ``duckdb.Error`` where another process holds it.
     """
     try:
         with closing(TraceWriter(trace)) as writer:
-            fold(writer)
+            try:
+                fold(writer)
+            except (*_UNFIT, duckdb.ConstraintException):
+                _mend(writer)
+                fold(writer)
         journal_of(trace).unlink(missing_ok=True)
-    except (duckdb.Error, OSError, ValueError) as error:
+    except FileNotFoundError:  # another process was faster
+        return
+    except Exception as error:  # whatever it is, the trace and its journal stay as they are
+        if isinstance(error, duckdb.Error) and held_by(error):
+            raise
         raise TracekitError(
             f"{trace}: its recording was cut off, and the last rows, in {journal_of(trace).name}, cannot be added "
-            f"({str(error).splitlines()[0]}); move both files to where they can be written, or "
+            f"({first_line(error)}); move both files to where they can be written, or "
             f"delete {journal_of(trace).name} to go without them"
         ) from None
+
+
+def _mend(writer: TraceWriter) -> None:
+    """Replace the journal by one of what can be stored of it. A process that is killed leaves the one or the other."""
+    path, n_known = journal_of(writer.path), writer.n_rows(TABLES)
+    mended = Journal(path, n_known)
+    for entry in entries(path, n_known):
+        kept, unfit = storable(entry)
+        mended.append(kept)
+        if unfit:
+            log.error("%s: left out what no table can hold (%s)", writer.path, unfit[0])
+    mended.close()
+    mended.path.replace(path)
+
+
+def storable(entry: Entry) -> tuple[Entry, list[str]]:
+    """``entry`` as its tables can hold it, and why each row that they cannot is left out.
+
+    Verifications, which only make sense in a row, are left out all together.
+    """
+    why: list[str] = []
+
+    def fits(made: Callable[..., object], *of: object) -> bool:
+        try:
+            made(*of)
+        except _UNFIT as error:
+            why.append(first_line(error))
+            return False
+        return True
+
+    plain = {name: [_row(name, row) for row in getattr(entry, name) if fits(_row, name, row)] for name in _PLAIN}
+    entry = entry._replace(**plain)
+    if not fits(_steps, [entry]):
+        width = 8 * N_MOMENTS
+        rows = [entry.steps[i : i + width] for i in range(0, len(entry.steps), width)]
+        why.pop()
+        entry = entry._replace(steps=b"".join(row for row in rows if fits(_steps, [entry._replace(steps=row)])))
+    if not fits(_verifications, [entry]):
+        entry = entry._replace(**dict.fromkeys(_OF_VERIFICATIONS, b""))
+    return entry, why
+
+
+def _row(table: str, row: Sequence) -> tuple:
+    """``row`` in plain values of the columns' types; whatever should be text is."""
+    kinds = columns(table).values()
+    texts = (str(value) if kind == pa.string() else value for value, kind in zip(row, kinds, strict=True))
+    return tuple(pa.scalar(value, kind).as_py() for value, kind in zip(texts, kinds, strict=True))
 
 
 def batches(found: list[Entry]) -> dict[str, Rows]:

@@ -66,12 +66,14 @@ def files_of(trace: Path) -> list[Path]:
 
 
 class Journal:
-    """The journal of ``trace``, empty, for appending. Every method raises ``OSError`` where the disk is full."""
+    """The journal of ``trace``, empty, for appending what comes after ``n_rows`` rows of the run. Every method raises
+    ``OSError`` where the disk is full.
+    """
 
-    def __init__(self, trace: Path):
+    def __init__(self, trace: Path, n_rows: int = 0):
         self.path = journal_of(trace)
         self._file = self.path.open("wb", buffering=0)
-        self._n_rows = 0
+        self._n_rows = n_rows
 
     @property
     def n_bytes(self) -> int:

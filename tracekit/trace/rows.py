@@ -1,5 +1,5 @@
 """One tuple per row of a trace's tables, fields in the order of the columns in :mod:`tracekit.trace.schema` (a test
-compares them).
+compares them); for a step, what its row is worked out of.
 """
 
 from __future__ import annotations
@@ -47,33 +47,8 @@ class RequestEnd(NamedTuple):
     catchup_us: int
 
 
-class Step(NamedTuple):
-    """One target decode and the work around it."""
-
-    run: int
-    step: int
-    t_us: int
-    mtp: bool
-    n_slots: int
-    n_tokens: int
-    n_prompt: int
-    n_past: int
-    n_draft_decodes: int
-    n_draft_slots: int
-    n_catchup: int
-    first_draft_us: int
-    draft_us: int
-    n_ahead: int
-    catchup_us: int
-    target_us: int
-    sample_us: int
-    policy_us: int
-    record_us: int
-    wall_us: int
-
-
 class Moments(NamedTuple):
-    """A step as the generating thread leaves it: moments, in nanoseconds of a monotonic clock, where :class:`Step` has
+    """A step as the generating thread leaves it: moments, in nanoseconds of a monotonic clock, where its table has
     spans. Working those out can wait until they are written.
     """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,10 @@ import polars as pl
 
 from tracekit.errors import TracekitError
 from tracekit.trace import schema
+from tracekit.trace.files import held_by
 from tracekit.trace.journal import journal_of
+
+PATIENCE_S = 2.0  # with another process that holds the file: a reader that completes it is done by then
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def open_trace(path: str | Path) -> TraceFile:
 def connect(path: Path) -> duckdb.DuckDBPyConnection:
     """A read-only connection to ``path``, which is completed first if its recording was cut off.
 
-    Raises :class:`TracekitError` where DuckDB cannot give one.
+    Waits a little for another reader that is doing so. Raises :class:`TracekitError` where DuckDB cannot give one.
     """
     if not path.is_file():
         raise TracekitError(f"{path}: no such file; `tracekit record` writes traces")
@@ -75,30 +78,25 @@ def connect(path: Path) -> duckdb.DuckDBPyConnection:
         head = file.read(12)
     if head[8:12] != b"DUCK":
         raise TracekitError(f"{path}: not a DuckDB file" + (" (it is empty)" if not head else ""))
-    con = _read_only(path)
-    if not journal_of(path).exists():
-        return con
-    con.close()  # no process holds the file: a recording was cut off
-    from tracekit.trace.fold import finish
+    late = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            con = duckdb.connect(str(path), read_only=True)
+            if not journal_of(path).exists():
+                return con
+            con.close()  # no process holds the file: a recording was cut off
+            from tracekit.trace.fold import finish
 
-    finish(path)
-    return _read_only(path)
-
-
-def _read_only(path: Path) -> duckdb.DuckDBPyConnection:
-    try:
-        return duckdb.connect(str(path), read_only=True)
-    except duckdb.Error as error:
-        raise TracekitError(f"{path}: {_reason(str(error))}") from None
+            finish(path)
+        except duckdb.Error as error:
+            if not (held := held_by(error)):
+                raise TracekitError(f"{path}: {_reason(str(error))}") from None
+            if time.monotonic() > late:
+                raise TracekitError(f"{path}: {held}") from None
+            time.sleep(0.05)
 
 
 def _reason(message: str) -> str:
-    if "lock" in message:
-        owner = re.search(r"PID (\d+)", message)
-        who = f"process {owner[1]}" if owner else "another process"
-        return f"being written by {who}; wait until it has finished, or stop it (nothing recorded is lost)"
-    if "different configuration" in message:
-        return "being written by this process; close its engine first"
     if "newer" in message and "version" in message:
         return "written by a newer DuckDB; upgrade duckdb"
     return f"damaged or truncated ({message.splitlines()[0]})"

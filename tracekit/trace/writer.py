@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from tracekit.errors import TracekitError
 from tracekit.trace import schema
+from tracekit.trace.files import first_line, held_by, remove
 from tracekit.trace.journal import files_of
 
 _ARROW = {
@@ -49,6 +50,10 @@ def _transposed(table: str, rows: Sequence[tuple]) -> pa.Table:
     return pa.Table.from_arrays(arrays, list(kinds))
 
 
+class Taken(TracekitError):
+    """A trace, or something that a recording has left, is where a new trace should be."""
+
+
 class TraceWriter:
     """The trace at ``path``, open for appending. Raises ``duckdb.Error``."""
 
@@ -59,20 +64,22 @@ class TraceWriter:
 
     @classmethod
     def create(cls, path: str | Path, force: bool = False) -> TraceWriter:
-        """A new trace. Raises :class:`TracekitError` where ``path`` cannot be written, or exists, without ``force``:
-        what another recording left beside it counts too.
+        """A new trace. Raises :class:`TracekitError` where ``path`` cannot be written, is being recorded, or exists,
+        without ``force``: what another recording left beside it counts too.
         """
         path = Path(path)
         there = [file for file in files_of(path) if file.exists()]
         if there and not force:
-            raise TracekitError(f"{there[0]}: exists; nothing recorded is overwritten without --force")
+            raise Taken(f"{there[0]}: exists; nothing recorded is overwritten without --force")
         try:
-            for file in there:
-                file.unlink()
+            if there:
+                remove(path)
             writer = cls(path)
             writer._con.execute(schema.TABLES + schema.VIEWS)
         except (duckdb.Error, OSError) as error:
-            raise TracekitError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from None
+            if held := held_by(error):  # of two that come at once, one is first
+                raise Taken(f"{path}: {held}") from None
+            raise TracekitError(f"{path}: cannot be written ({first_line(error)})") from None
         return writer
 
     def n_rows(self, tables: Sequence[str]) -> int:

@@ -5,10 +5,11 @@ end.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 
-from tracekit.engine import Engine, Request, Sampling, Settings
+from tracekit.engine import Engine, Probe, Request, Sampling, Settings
 from tracekit.errors import TracekitError
 from tracekit.policy.rule import rule
 from tracekit.policy.spec import parse, parse_one
@@ -78,6 +79,8 @@ def test_request_joins_while_others_generate(engine):
         engine.step()
     done = engine.generate("import sys", max_tokens=5)
     assert done.number != first
+    assert not engine.idle
+    assert [d.number for d in engine.step()] == [first], "the other's loop kept it"
     assert engine.idle
 
 
@@ -238,6 +241,11 @@ def test_rows_of_a_fused_batch_are_its_own(models, settings, monkeypatch):
         (lambda m, s: Settings(cache_type_k="int3"), "one of"),
         (lambda m, s: Settings(n_ctx=1), "8 or more"),
         (lambda m, s: Sampling(temp=-1), "between"),
+        (lambda m, s: Sampling(seed=1.5), "seed 1.5: a whole number between"),
+        (lambda m, s: Sampling(temp="hot"), "temp hot: a number between"),
+        (lambda m, s: Engine(m["plain"], settings=s, probe=Probe(9)), "a probe of 9 drafts: the engine's n_max is 6"),
+        (lambda m, s: Engine(m["plain"], 4, s), "policy 4: its text"),
+        (lambda m, s: Request("x", policy="nonsense"), "no policy 'nonsense'"),
     ],
 )
 def test_bad_engines_get_one_clear_line(models, settings, make, hint):
@@ -249,8 +257,6 @@ def test_bad_engines_get_one_clear_line(models, settings, make, hint):
 
 def test_model_without_nextn_layers_is_refused(tmp_path, settings):
     """A GGUF without MTP layers can run without MTP, and says so when asked to draft."""
-    from dataclasses import replace
-
     from tracekit.model import weights
     from tracekit.model.build import REFERENCE
 
@@ -276,7 +282,19 @@ def test_damaged_model_gets_one_clear_line(models, tmp_path):
     ("request_", "hint"),
     [
         (Request(""), "empty"),
-        (Request("x", max_tokens=0), "1 or more"),
+        (Request("x", max_tokens=0), "a whole number from 1"),
+        (Request("x", max_tokens=2.5), "max_tokens 2.5: a whole number"),
+        (Request("x", max_tokens=2**31), "from 1 to 2147483647"),
+        (Request("x", prompt_id=7), "prompt 7: prompt_id 7: str is wanted"),
+        (Request("x", category=None), "category None: str is wanted"),
+        (Request("x", sampling=0.8), "sampling 0.8: Sampling is wanted"),
+        (Request("x", stop=("",)), "stop ''"),
+        (Request("x", stop=(5,)), "stop 5"),
+        (Request(2.5), "neither text nor token ids: 2.5"),
+        (Request([1.5]), "neither text nor token ids"),
+        (Request(b"import os"), "neither text nor token ids"),
+        (Request("\ud800"), "neither text nor token ids"),
+        (Request([]), "empty"),
         (Request("word " * 2000, prompt_id="long"), "prompt long: .* do not fit"),
         (Request([5, 999_999]), "not in the vocabulary"),
         (Request("x", policy=rule("static")(n_max=9)), "more than the engine's"),
@@ -289,16 +307,15 @@ def test_bad_requests_get_one_clear_line(engine, request_, hint):
     assert engine.idle
 
 
-def test_policy_that_asks_too_much_is_named(engine, tmp_path):
-    """A policy that asks for more drafts than the engine allows is an error, not a silent cut."""
+@pytest.mark.parametrize("asked", ["50", "2.0"])
+def test_policy_that_asks_too_much_is_named(engine, tmp_path, asked):
+    """A policy that asks for more drafts than the engine allows, or for a fraction, is an error, not a silent cut."""
     from .test_policies import OWN
 
-    (tmp_path / "greedy.py").write_text(OWN.replace("return state.n, 0.0", "return 50, 0.0"))
-    with pytest.raises(TracekitError, match="asked for 50 drafts"):
+    (tmp_path / "greedy.py").write_text(OWN.replace("return state.n, 0.0", f"return {asked}, 0.0"))
+    with pytest.raises(TracekitError, match=f"greedy.py asked for {asked} drafts"):
         engine.generate("x = ", policy=rule(tmp_path / "greedy.py")())
-    for slot in engine._loop.slots:
-        if slot is not None:
-            engine.cancel(slot.number)
+    assert engine.idle
 
 
 def test_never_makes_the_engine_one_without_mtp(models, settings, tmp_path):

@@ -58,8 +58,8 @@ class Drafter(Protocol):
 
     times: DraftTimes
 
-    def begin(self, seq: int) -> None:
-        """A new request starts in ``seq``: forget what was there."""
+    def forget(self, seq: int) -> None:
+        """The request in ``seq`` is over: another may start there."""
 
     def extend(self, seq: int, hidden: np.ndarray, first: int, n: int) -> None:
         """The target decoded, and keeps, ``n`` further positions of ``seq``: rows ``first`` and following of ``hidden
@@ -152,8 +152,8 @@ class MtpDrafter:
         self._batch = Batch(context.n_batch, n_embd)
         self._lags = [_Lag(n_embd, keep) for _ in range(n_seq)]
 
-    def begin(self, seq: int) -> None:
-        """See :meth:`Drafter.begin`."""
+    def forget(self, seq: int) -> None:
+        """See :meth:`Drafter.forget`."""
         self._context.remove(seq, 0)
         self._lags[seq].reset()
 

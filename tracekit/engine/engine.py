@@ -7,10 +7,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+import reprlib
+import threading
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
+from operator import index
 from pathlib import Path
 from time import perf_counter_ns
+from typing import Any
 
 from tracekit.engine import lib
 from tracekit.engine.context import Context
@@ -24,28 +30,37 @@ from tracekit.engine.recorder import Recorder, record_beside
 from tracekit.engine.rollback import PartialRollback
 from tracekit.engine.sampling import BackendSampling
 from tracekit.engine.settings import CACHE_TYPES, FLASH_ATTN, Settings
-from tracekit.engine.slot import Completion, Request, Slot
+from tracekit.engine.slot import Completion, PolicyLike, Request, Slot, policy_of
 from tracekit.errors import TracekitError
-from tracekit.policy.rule import Policy, rule
-from tracekit.policy.spec import parse_one
+from tracekit.policy.rule import Policy
 
 log = logging.getLogger("tracekit.engine")
 
 
-class Engine:
-    """A model being served. Use as a context manager, or :meth:`close` it.
+def _free(parts: ExitStack, pid: int) -> None:
+    if os.getpid() == pid:  # and not in a fork, whose parent is still recording
+        parts.close()
 
-    ``policy`` (a policy, a tuned one, or its text) decides for requests that bring none; the default is ``off``.
-    ``draft_model`` is a sidecar GGUF for models whose NextN block has a file of its own. With ``mtp`` false no NextN
-    block is loaded and nothing is ever drafted. ``trace`` records into that new DuckDB file (so does the environment
-    variable ``TRACEKIT_TRACE``); ``probe`` turns every request into a measurement. ``placement`` says where layers and
-    buffers came to lie. Raises :class:`TracekitError` for a model without NextN layers where ``mtp`` is wanted.
+
+def _finish_trace(recorder: Recorder, probe: Probe | None) -> None:
+    recorder.close(*((probe.n_checked, probe.n_diverged) if probe else ()))
+
+
+class Engine:
+    """A model being served. Use as a context manager, or :meth:`close` it. Threads may share it.
+
+    ``policy`` (a policy, a tuned one, its text or its file) decides for requests that bring none; the default is
+    ``off``. ``draft_model`` is a sidecar GGUF for models whose NextN block has a file of its own. With ``mtp`` false no
+    NextN block is loaded and nothing is ever drafted. ``trace`` records into that new DuckDB file (so does the
+    environment variable ``TRACEKIT_TRACE``); ``probe`` turns every request into a measurement. ``placement`` says where
+    layers and buffers came to lie. Raises :class:`TracekitError` for a model without NextN layers where ``mtp`` is
+    wanted.
     """
 
     def __init__(
         self,
         model: str | Path,
-        policy: Policy | str | None = None,
+        policy: PolicyLike | None = None,
         settings: Settings | None = None,
         draft_model: str | Path | None = None,
         mtp: bool = True,
@@ -53,36 +68,50 @@ class Engine:
         probe: Probe | None = None,
         force: bool = False,
     ):
-        self.policy = (
-            parse_one(policy) if isinstance(policy, str) else getattr(policy, "policy", policy) or rule("off")()
-        )
+        self.policy = policy_of("off" if policy is None else policy)
         self.settings = settings or Settings()
         self.model: Model | None = None
         self.draft_model: Model | None = None
         self.recorder: Recorder | None = None
         self._target: Context | None = None
         self._drafter: Drafter | None = None
+        self._loop: Loop | None = None
         self._probe = probe
         self._n_requests = 0
+        self._lock, self._stepping = threading.RLock(), False
+        self._finished: list[Completion] = []  # for step(): requests that were submitted by hand
+        self._boxes: dict[int, list] = {}  # where the completion of each request goes; None: it was dropped
+        self._parts = ExitStack()
+        self._free = weakref.finalize(self, _free, self._parts, os.getpid())
         try:
+            if probe is not None and probe.n_max > self.settings.n_max:
+                raise TracekitError(f"a probe of {probe.n_max} drafts: the engine's n_max is {self.settings.n_max}")
             with lib.listening() as heard:
-                self.model = Model(model, self.settings.gpu_layers, mtp and draft_model is None)
-                self._target = self._context(self.model)
+                self.model = self._own(Model(model, self.settings.gpu_layers, mtp and draft_model is None))
+                self._target = self._own(self._context(self.model))
                 if mtp:
-                    self._drafter = self._make_drafter(draft_model)
+                    self._drafter = self._own(self._make_drafter(draft_model))
             self.placement = Placement.of(heard)
             self._check(self.policy)
             backend_sampling = self._backend_sampling()
             self._loop = Loop(self.model, self._target, self._drafter, PartialRollback(self._target), self.settings)
             self._loop.probe = probe
             self._loop.backend_sampling = backend_sampling
+            self._parts.callback(self._loop.abort)
             if path := trace or os.environ.get("TRACEKIT_TRACE"):
                 facts = run_facts(self.model, self.draft_model, self.settings, self.policy, probe, self.placement)
                 self.recorder = Recorder(path, facts, force=force) if trace else record_beside(path, facts)
                 self._loop.observer = self.recorder
+            if self.recorder is not None:
+                self._parts.callback(_finish_trace, self.recorder, probe)
         except BaseException:
             self.close()
             raise
+
+    def _own(self, part: Any) -> Any:
+        """``part``, to be closed with the engine, or when that is forgotten."""
+        self._parts.callback(part.close)
+        return part
 
     def _context(self, model: Model, target: Context | None = None) -> Context:
         s = self.settings
@@ -92,9 +121,11 @@ class Engine:
 
     def _backend_sampling(self) -> BackendSampling | None:
         """The target's, where it is wanted and works; afterwards :attr:`settings` say what both really are."""
-        found = BackendSampling(self._target, self.settings.n_slots) if self.settings.backend_sampling else None
+        n_slots = self.settings.n_slots
+        found = BackendSampling(self._target, n_slots) if self.settings.backend_sampling else None
         if found is not None and not found.works:
-            log.warning("the device does not run the target's samplers; its logits are copied, the processor samples")
+            what = "the target's samplers" + (" for several slots" if n_slots > 1 else "")
+            log.warning("the device does not run %s; its logits are copied, the processor samples", what)
             found = None
         drafts = getattr(self._drafter, "backend_sampling", False)
         self.settings = replace(self.settings, backend_sampling=found is not None, spec_draft_backend_sampling=drafts)
@@ -103,7 +134,7 @@ class Engine:
     def _make_drafter(self, draft_model: str | Path | None) -> Drafter:
         source = self.model
         if draft_model is not None:
-            source = self.draft_model = Model(draft_model, self.settings.gpu_layers)
+            source = self.draft_model = self._own(Model(draft_model, self.settings.gpu_layers))
             if (source.facts.n_embd, source.facts.n_vocab) != (self.model.facts.n_embd, self.model.facts.n_vocab):
                 raise TracekitError(
                     f"{draft_model}: its width or vocabulary is not that of {self.model.path}; a sidecar "
@@ -138,6 +169,12 @@ class Engine:
         if self._drafter is None and policy.name != "off":
             raise TracekitError(f"policy {policy} drafts, but the engine was started without MTP")
 
+    def __repr__(self) -> str:
+        if self.model is None:
+            return "<Engine, closed>"
+        under_way = len(self._loop.queue) + sum(s is not None for s in self._loop.slots)
+        return f"<Engine {self.model.path.name}, {self.policy}: {under_way} requests, {self.settings.n_slots} slots>"
+
     @property
     def mtp(self) -> bool:
         """Whether drafting is possible now."""
@@ -153,7 +190,8 @@ class Engine:
         nothing. ``shared``: where states of policies with ``scope=engine`` are kept from now on; None: where they were.
         Raises :class:`TracekitError` with requests under way.
         """
-        if not self.idle:
+        self._check_open()
+        if not self._loop.idle:
             raise TracekitError("MTP and probing can be switched only with no request under way")
         if mtp and self._drafter is None:
             raise TracekitError("the engine was started without MTP")
@@ -164,47 +202,110 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        """No request is running or waiting."""
-        return not self._loop.queue and all(s is None for s in self._loop.slots)
+        """No request is running or waiting, and :meth:`step` has none to return."""
+        return self._loop.idle and not self._finished
 
     @property
     def reading(self) -> bool:
         """A prompt is waiting or still being read."""
         return bool(self._loop.queue) or any(s is not None and not s.generating for s in self._loop.slots)
 
+    def _check_open(self) -> None:
+        if self.model is None:
+            raise TracekitError("the engine is closed; start another")
+
     def prepare(self, request: Request) -> list[int]:
         """The prompt's tokens. Raises :class:`TracekitError` for a request that cannot be served."""
-        tokens = self.model.tokenize(request.prompt) if isinstance(request.prompt, str) else list(request.prompt)
-        name = f"prompt {request.prompt_id}: " if request.prompt_id else ""
-        if not tokens or request.prompt == "":
-            raise TracekitError(f"{name}the prompt is empty")
-        if request.max_tokens < 1:
-            raise TracekitError(f"{name}max_tokens {request.max_tokens}: 1 or more")
-        bad = next((t for t in tokens if not 0 <= t < self.model.facts.n_vocab), None)
+        self._check_open()
+        try:
+            return self._prepare(request)
+        except TracekitError as error:
+            if not request.prompt_id:
+                raise
+            raise TracekitError(f"prompt {request.prompt_id}: {error}") from None
+
+    def _prepare(self, request: Request) -> list[int]:
+        request.check()
+        prompt, n_vocab = request.prompt, self.model.facts.n_vocab
+        try:
+            if isinstance(prompt, bytes):
+                raise TypeError
+            tokens = self.model.tokenize(prompt) if isinstance(prompt, str) else list(map(index, prompt))
+        except (TypeError, UnicodeEncodeError):
+            raise TracekitError(f"the prompt is neither text nor token ids: {reprlib.repr(prompt)}") from None
+        if not tokens or (isinstance(prompt, str) and not prompt):
+            raise TracekitError("the prompt is empty")
+        bad = next((t for t in tokens if not 0 <= t < n_vocab), None)
         if bad is not None:
-            raise TracekitError(f"{name}token {bad} is not in the vocabulary of {self.model.facts.n_vocab}")
+            raise TracekitError(f"token {bad} is not in the vocabulary of {n_vocab}")
         if len(tokens) >= self._target.n_ctx:
             raise TracekitError(
-                f"{name}{len(tokens)} tokens do not fit into a context of {self._target.n_ctx}; "
+                f"{len(tokens)} tokens do not fit into a context of {self._target.n_ctx}; "
                 "raise --ctx-size or shorten it"
             )
         self._check(request.policy or self.policy)
         return tokens
 
     def submit(self, request: Request) -> int:
-        """Queue a request; returns its number. Raises as :meth:`prepare` does."""
-        tokens = self.prepare(request)
-        slot = Slot(self._n_requests, request, request.policy or self.policy, tokens, self._target.n_ctx)
-        self._n_requests += 1
-        self._loop.queue.append(slot)
-        return slot.number
+        """Queue a request; returns its number. :meth:`step` will return it. Raises as :meth:`prepare` does."""
+        return self._submit(request, self._finished)
+
+    def _submit(self, request: Request, box: list) -> int:
+        with self._lock:
+            tokens = self.prepare(request)
+            slot = Slot(self._n_requests, request, request.policy or self.policy, tokens, self._target.n_ctx)
+            self._n_requests += 1
+            self._boxes[slot.number] = box
+            self._loop.queue.append(slot)
+            return slot.number
 
     def step(self) -> list[Completion]:
-        """One target decode for every slot; returns the requests it finished."""
-        return self._loop.step()
+        """One target decode for every slot; returns the submitted requests that are finished. Those of
+        :meth:`generate`, :meth:`run` and :meth:`stream` are theirs.
+
+        An exception in a step, Ctrl-C or a policy's, drops every request under way; the engine then serves others.
+        """
+        with self._lock:
+            self._step()
+            done = self._finished[:]
+            self._finished.clear()
+            return done
+
+    def _step(self) -> None:
+        self._check_open()
+        self._check_between_steps()
+        self._stepping = True
+        try:
+            for done in self._loop.step():
+                if done.number in self._boxes:
+                    self._boxes.pop(done.number).append(done)
+        except BaseException:
+            self._loop.abort()
+            self._drop()
+            raise
+        finally:
+            self._stepping = False
+
+    def _check_between_steps(self) -> None:
+        if self._stepping:
+            raise TracekitError("the engine is in a step, and this was called from inside it (a signal handler?)")
+
+    def _drop(self) -> None:
+        """Tell those that wait for a request that it will never be finished."""
+        for box in self._boxes.values():
+            if box is not self._finished:
+                box.append(None)
+        self._boxes.clear()
 
     def cancel(self, number: int) -> Completion | None:
         """Stop request ``number``; what it has generated so far, or None where it never started."""
+        with self._lock:
+            done, box = self._cancel(number), self._boxes.pop(number, self._finished)
+            if box is not self._finished:
+                box.append(done)
+            return done
+
+    def _cancel(self, number: int) -> Completion | None:
         for slot in self._loop.queue:
             if slot.number == number:
                 self._loop.queue.remove(slot)
@@ -213,52 +314,74 @@ class Engine:
         for slot in self._loop.slots:
             if slot is not None and slot.number == number:
                 slot.stop = "cancelled"
-                return self._loop.finish(slot, perf_counter_ns())
+                if not self._stepping:  # else (an iterator collected as garbage) it ends with the step
+                    return self._loop.finish(slot, perf_counter_ns())
         return None
+
+    def _serve(self, requests: Iterable[Request]) -> Iterator[list[Completion]]:
+        """Submit ``requests``; after every step, those of them that it finished. What is left when the caller goes is
+        cancelled.
+        """
+        box: list[Completion | None] = []
+        numbers: list[int] = []
+        try:
+            for request in requests:
+                numbers.append(self._submit(request, box))
+            n_left = len(numbers)
+            while n_left:
+                with self._lock:
+                    if not box:  # another thread, or another's loop, may have finished some
+                        self._step()
+                    done = box[:]
+                    box.clear()
+                if None in done:
+                    self._check_open()
+                    raise TracekitError("the request was dropped: cancelled in the queue, or by another's failed step")
+                n_left -= len(done)
+                yield done
+        finally:
+            with self._lock:
+                for number in numbers:
+                    if self._boxes.pop(number, None) is not None:
+                        self._cancel(number)
 
     def generate(self, prompt: str | list[int], **options) -> Completion:
         """Generate for one prompt; ``options`` are :class:`Request`'s. Requests under way go on beside it."""
-        number = self.submit(Request(prompt, **options))
-        while True:
-            for done in self.step():
-                if done.number == number:
-                    return done
+        (done,) = self.run([Request(prompt, **options)])
+        return done
 
-    def run(self, requests: list[Request]) -> Iterator[Completion]:
+    def run(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Serve ``requests`` over all slots, yielding each when it is finished."""
-        for request in requests:
-            self.submit(request)
-        while not self.idle:
-            yield from self.step()
+        for done in self._serve(requests):
+            yield from done
 
     def stream(self, prompt: str | list[int], **options) -> Iterator[str | Completion]:
         """Generate for one prompt, yielding its text as it comes and, last, the completion."""
-        number = self.submit(Request(prompt, **options))
-        longest = max((len(s) for s in options.get("stop", ())), default=1) - 1
+        request = Request(prompt, **options)
+        longest = max(map(len, request.stop), default=1) - 1
         sent = 0
-        while True:
-            done = next((d for d in self.step() if d.number == number), None)
+        for done in self._serve([request]):
             if done:
-                yield done.text[sent:]
-                yield done
+                yield done[0].text[sent:]
+                yield done[0]
                 return
             for slot in self._loop.slots:
-                if slot is not None and slot.number == number:
+                if slot is not None and slot.request is request:
                     ready = len(text := self._loop.text(slot).rstrip("\ufffd")) - longest
                     if ready > sent:
                         yield text[sent:ready]
                         sent = ready
 
     def close(self, cut_off: bool = False) -> None:
-        """Finish the trace, as one that was ``cut_off`` before its end if so; free contexts and models."""
-        try:
+        """Finish the trace, as one that was ``cut_off`` before its end if so, and free contexts and models; requests
+        under way are dropped.
+        """
+        with self._lock:
+            self._check_between_steps()
+            self._drop()
             if self.recorder is not None:
-                probe = self._probe
-                self.recorder.close(*((probe.n_checked, probe.n_diverged) if probe else ()), cut_off=cut_off)
-        finally:
-            for part in (self._drafter, self._target, self.draft_model, self.model):
-                if part is not None:
-                    part.close()
+                self.recorder.cut_off = cut_off
+            self._free()  # the loop's requests among the rest
             self.recorder = self._drafter = self._target = self.draft_model = self.model = None
 
     def __enter__(self) -> Engine:

@@ -62,7 +62,7 @@ class Loop:
     def __init__(self, model: Model, target: Context, drafter: Drafter | None, rollback: Rollback, settings: Settings):
         self.target, self.drafter, self.rollback, self.settings = target, drafter, rollback, settings
         self.mtp = drafter is not None
-        self._extracting = False
+        self._extracting: bool | None = False  # None: not known
         self.observer: Observer | None = None
         self.probe: Probe | None = None
         self.backend_sampling: BackendSampling | None = None
@@ -71,16 +71,26 @@ class Loop:
         self._model = model
         self._batch = Batch(settings.n_batch)
         self.shared: dict[Policy, object] = {}  # states of policies whose scope is the engine
-        self._n_steps = self._record_ns = self._ahead_rows = self._ahead_us = 0
+        self._record_ns = self._ahead_rows = self._ahead_us = 0
+        self._n_step = -1  # the number of the step under way
+
+    @property
+    def idle(self) -> bool:
+        """No request is running or waiting."""
+        return not self.queue and all(s is None for s in self.slots)
 
     def step(self) -> list[Completion]:
-        """One target decode for all slots; returns the requests it finished. Does nothing without requests."""
+        """One target decode for all slots; returns the requests it finished. Does nothing without requests. After an
+        exception in it :meth:`abort`: what is half done cannot be continued.
+        """
         began = perf_counter_ns()
+        self._ahead_rows = self._ahead_us = 0
         if self.queue:
             self._admit()
         slots = [s for s in self.slots if s is not None]
         if not slots:
             return []
+        self._n_step += 1
         generating = [s for s in slots if s.generating]
         asks = [ask for s in generating if (ask := self._decide(s, len(generating))) is not None]
         self._extract(slots)
@@ -105,16 +115,27 @@ class Loop:
         if self.observer is not None:
             times = self.drafter.times if asks else _NO_TIMES
             moments = (
-                began, decided, filled, decoded, sampled, learned, self._n_steps, self._extracting, len(generating),
+                began, decided, filled, decoded, sampled, learned, self._n_step, self._extracting, len(generating),
                 self._batch.n, n_prompt, n_past, times.n_decodes, len(asks), times.n_rows, times.first_us,
                 times.total_us, self._ahead_rows, self._ahead_us, times.catchup_us, self._record_ns,
             )  # fmt: skip  # what happened when, then how much
             self.observer.stepped(moments)
             self._observe(generating, started)
-            self._ahead_rows = self._ahead_us = 0
             self._record_ns += perf_counter_ns() - learned
-        self._n_steps += 1
         return [self.finish(s, learned) for s in slots if s.stop]
+
+    def abort(self) -> None:
+        """Drop every request, queued or under way, without a completion."""
+        for slot in self.queue:
+            slot.sampler.close()
+        self.queue.clear()
+        for i, slot in enumerate(self.slots):
+            if slot is not None:
+                slot.sampler.close()
+            self._vacate(i)
+        if self.probe is not None:
+            self.probe.forget()
+        self._extracting = None
 
     def _admit(self) -> None:
         for i, occupant in enumerate(self.slots):
@@ -124,12 +145,10 @@ class Loop:
             slot.index = i
             slot.started_ns = perf_counter_ns()
             slot.state = self._state(slot.policy)
-            self.target.remove(i, 0)
             if self.backend_sampling is not None:
-                self.backend_sampling.place(slot.sampler, i)
+                self.backend_sampling.place(slot.sampler)
             slot.over = not self.mtp
             if self.mtp:
-                self.drafter.begin(i)
                 self._look_ahead(slot)
             if self.observer is not None:
                 self.observer.began(self._request_row(slot))
@@ -184,9 +203,10 @@ class Loop:
             asked, p_min = policy.rule.decide(policy.params, slot.state, slot.now)
             if asked == NEVER:
                 slot.over, asked = True, 0
-            if not 0 <= asked <= self.settings.n_max:
+            if not isinstance(asked, int) or not 0 <= asked <= self.settings.n_max:
                 raise TracekitError(
-                    f"policy {policy} asked for {asked} drafts; the engine allows 0 to {self.settings.n_max} (--n-max)"
+                    f"policy {policy} asked for {asked} drafts; the engine allows whole numbers from 0 to "
+                    f"{self.settings.n_max} (--n-max)"
                 )
         if asked == 0 and slot.n_asked > 0:
             slot.trips += 1
@@ -300,7 +320,7 @@ class Loop:
 
     def _observe(self, generating: list[Slot], started: list[Slot]) -> None:
         """Hand the slots' shares to the observer; a probe's wait until their drafts can be judged."""
-        step, probing, verified = self._n_steps, self.probe is not None and self.mtp, self.observer.verified
+        step, probing, verified = self._n_step, self.probe is not None and self.mtp, self.observer.verified
         for slot in generating:
             ask, n, tokens = slot.ask, slot.n_emitted, slot.tokens
             drafts, (drafted, accepted) = ask.drafts, slot.rounds[-1]
@@ -324,20 +344,33 @@ class Loop:
         greedy = slot.request.sampling.temp == 0
         drafted = range(slot.first_row + 1, slot.first_row + 1 + row.n_drafted) if greedy else ()
         choices = [slot.sampler.sample(self.target, i) for i in drafted]
-        for known in self.probe.settle(row, choices, slot.tokens[slot.n_prompt :], bool(slot.stop)):
-            self.observer.verified(known[1:-4], *known[-4:])
+        self._judged(self.probe.settle(row, choices, slot.tokens[slot.n_prompt :]))
+
+    def _judged(self, rows: list[Verification]) -> None:
+        for row in rows:
+            self.observer.verified(row[1:-4], *row[-4:])
 
     def finish(self, slot: Slot, now_ns: int) -> Completion:
         """End ``slot``'s request: free the slot, tell the observer, return the completion."""
         slot.ended_ns = now_ns
+        slot.first_token_ns = slot.first_token_ns or now_ns  # cancelled while its prompt was read
         done = slot.completion(self.text(slot))
         slot.sampler.close()
-        self.slots[slot.index] = None
+        self._vacate(slot.index)
         if self.observer is not None:
+            if self.probe is not None:
+                self._judged(self.probe.end(slot.number, done.tokens))
             self.observer.ended(
                 RequestEnd(self.observer.run, slot.number, slot.n_generated, slot.stop, done.prompt_us, done.catchup_us)
             )
         return done
+
+    def _vacate(self, index: int) -> None:
+        """Free a slot, and its memory at once: the others' attention reads whatever lies there."""
+        self.slots[index] = None
+        self.target.remove(index, 0)
+        if self.drafter is not None:
+            self.drafter.forget(index)
 
     def text(self, slot: Slot) -> str:
         """What ``slot`` has generated so far."""

@@ -111,14 +111,13 @@ class Model:
         """The bytes that ``token`` stands for; empty for control tokens."""
         found = self._pieces.get(token)
         if found is None:
-            buffer = ctypes.create_string_buffer(256)
-            size = llama.llama_token_to_piece(self.vocab, token, buffer, 256, 0, False)
-            found = self._pieces[token] = buffer.raw[: max(size, 0)]
+            found = self._pieces[token] = self._piece(token, 256)
         return found
 
-    def text(self, tokens: list[int]) -> str:
-        """The text of ``tokens``."""
-        return b"".join(map(self.piece, tokens)).decode("utf-8", errors="replace")
+    def _piece(self, token: int, room: int) -> bytes:
+        buffer = ctypes.create_string_buffer(room)
+        size = llama.llama_token_to_piece(self.vocab, token, buffer, room, 0, False)
+        return buffer.raw[:size] if size >= 0 else self._piece(token, -size)
 
     @cached_property
     def end_tokens(self) -> frozenset[int]:

@@ -36,24 +36,29 @@ class Probe:
         """How many of the drafts to verify."""
         return self._rng.randint(0, n_proposed)
 
-    def settle(self, row: Verification, choices: list[int], tokens: list[int], ended: bool) -> list[Verification]:
+    def settle(self, row: Verification, choices: list[int], tokens: list[int]) -> list[Verification]:
         """Add a position's row; returns every row of its request whose drafts can now be judged.
 
         ``choices``: the target's arg-max at each verified draft, to be compared with what it chooses in its own step.
-        ``tokens``: all that the request has generated so far; ``ended``: there will be no more.
+        ``tokens``: all that the request has generated so far.
         """
         waiting = self._pending.setdefault(row.request, [])
         waiting.append((row, choices))
         settled = []
-        while waiting and (ended or len(tokens) - waiting[0][0].n_generated > waiting[0][0].n_proposed):
-            first, its_choices = waiting.pop(0)
-            settled.append(self._judged(first, its_choices, tokens[first.n_generated :]))
-        if ended:
-            del self._pending[row.request]
+        while waiting and len(tokens) - waiting[0][0].n_generated > waiting[0][0].n_proposed:
+            settled.append(self._judged(*waiting.pop(0), tokens))
         return settled
 
-    def _judged(self, row: Verification, choices: list[int], following: list[int]) -> Verification:
-        matched = 0
+    def end(self, request: int, tokens: list[int]) -> list[Verification]:
+        """Every row of ``request`` not judged yet: it has generated ``tokens``, and there will be no more."""
+        return [self._judged(*row, tokens) for row in self._pending.pop(request, ())]
+
+    def forget(self) -> None:
+        """Drop the rows not judged yet: their requests were."""
+        self._pending.clear()
+
+    def _judged(self, row: Verification, choices: list[int], tokens: list[int]) -> Verification:
+        matched, following = 0, tokens[row.n_generated :]
         while matched < min(row.n_proposed, len(following)) and row.draft_ids[matched] == following[matched]:
             matched += 1
         for i, choice in enumerate(choices[: min(matched, len(following) - 1)]):

@@ -50,7 +50,7 @@ class Recorder:
         self._sensors = sensors or GpuSensors()
         self.run = run["run"]
         self.path = Path(path)
-        self.failed = ""
+        self.failed, self.cut_off = "", False
         self._writer = TraceWriter.create(path, force)
         try:
             self._writer.append_run(run)
@@ -104,9 +104,9 @@ class Recorder:
                 "recording into %s stopped (%s); generation goes on, what was written is kept", self.path, self.failed
             )
 
-    def close(self, n_checked: int = 0, n_diverged: int = 0, cut_off: bool = False) -> None:
-        """Write the rest and close the file; the counts are a probe's (see the table ``run_ends``). ``cut_off``: the
-        run was left before its end, and has none.
+    def close(self, n_checked: int = 0, n_diverged: int = 0) -> None:
+        """Write the rest and close the file; the counts are a probe's (see the table ``run_ends``). A run that was
+        ``cut_off`` has no end.
 
         A recording in which nothing ever happened leaves no file behind. One that has failed leaves its journal, to be
         folded when the trace is opened. In a forked process nothing happens: the file is its parent's.
@@ -122,7 +122,7 @@ class Recorder:
         self._attempt(self._fold)  # after the run, and no part of what recording it took
         spent = self._pending.wall_us, self._pending.record_us, self._writer_ns // 1000
         end = RunEnd(self.run, *spent, n_checked, n_diverged)
-        self._attempt(lambda: self._writer.append({"run_ends": [] if cut_off else [end]}))
+        self._attempt(lambda: self._writer.append({"run_ends": [] if self.cut_off else [end]}))
         self._attempt(self._writer.close)
         self._attempt(self._journal.remove)
         if self.failed:

@@ -1,11 +1,11 @@
 """Choosing the next token from the target's logits: llama.cpp's own sampler chain, per slot, seeded.
 
-With backend sampling (llama.cpp's ``--backend-sampling``) the chain runs on the device, in the target's own graph, and
-the logits stay there. A verification samples several rows at once; llama.cpp draws for all of them and advances the
-seed's sequence by the tokens taken, so that rejected drafts use up no random numbers there either. Greedy choices are
-the same arg-max. Sampled ones come from the same candidates, order and random numbers, their sums in float32 instead of
-double: a draw must fall within rounding of the border between two tokens to choose another. Nothing depends on the
-number of drafts.
+With backend sampling (llama.cpp's ``--backend-sampling``) the chain of an engine's only slot runs on the device, in the
+target's own graph, and the logits stay there. A verification samples several rows at once; llama.cpp draws for all of
+them and advances the seed's sequence by the tokens taken, so that rejected drafts use up no random numbers there
+either. Greedy choices are the same arg-max. Sampled ones come from the same candidates, order and random numbers, their
+sums in float32 instead of double: a draw must fall within rounding of the border between two tokens to choose another.
+Nothing depends on the number of drafts.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        for name, low, high in (
-            ("temp", 0, 100),
-            ("top_k", 0, 1 << 30),
-            ("top_p", 0, 1),
-            ("min_p", 0, 1),
-            ("seed", 0, (1 << 32) - 1),
+        for name, kind, high in (
+            ("temp", float, 100),
+            ("top_k", int, 1 << 30),
+            ("top_p", float, 1),
+            ("min_p", float, 1),
+            ("seed", int, (1 << 32) - 1),
         ):
             value = getattr(self, name)
-            if not low <= value <= high:
-                raise TracekitError(f"{name} {value}: between {low} and {high}")
+            if not isinstance(value, (int, kind)) or not 0 <= value <= high:
+                raise TracekitError(f"{name} {value}: a {'whole ' if kind is int else ''}number between 0 and {high}")
 
 
 class Sampler:
@@ -78,44 +78,43 @@ class Sampler:
 
 
 class BackendSampling:
-    """The target's chains on the device, one per slot. A chain stays while the slot's requests sample alike, whatever
-    their seeds: another one has llama.cpp plan its graphs anew.
+    """The target's chain on the device, for its only slot. It stays while requests sample alike, whatever their seeds:
+    another one has llama.cpp plan its graphs anew.
 
-    ``works`` is false, and no slot has one, where the device does not run every sampler of a chain.
+    ``works`` is false, and there is no chain, where the device does not run every sampler of it, and for several slots:
+    llama.cpp gives wrong tokens where a batch holds rows that the device samples beside rows that it does not.
     """
 
     def __init__(self, context: Context, n_slots: int):
         self._context = context
-        self._on_device: list[tuple[Sampling, object] | None] = [None] * n_slots
-        slots = range(n_slots)
-        self.works = self._attach(0, Sampling(temp=1.0)) and all(self._attach(i, Sampling()) for i in slots)
+        self._on_device: tuple[Sampling, object] | None = None
+        self.works = n_slots == 1 and self._attach(Sampling(temp=1.0)) and self._attach(Sampling())
         if not self.works:
-            for i in slots:
-                context.set_sampler(i, None)
+            context.set_sampler(0, None)
 
-    def place(self, sampler: Sampler, seq: int) -> None:
-        """Have the device sample for the request that slot ``seq`` begins to serve.
+    def place(self, sampler: Sampler) -> None:
+        """Have the device sample for the request that the slot begins to serve.
 
         Left to the processor are requests whose seed would draw other tokens there (without ``top_p`` nothing sorts
         the candidates; sums of many, without ``top_k``, round too much in float32: one of 120 texts of 128 tokens
         differed), and chains that the device refuses.
         """
         s = replace(sampler.sampling, seed=0)
-        if self._on_device[seq] is None or self._on_device[seq][0] != s:
+        if self._on_device is None or self._on_device[0] != s:
             if s.temp > 0 and (s.top_p == 1 or not 0 < s.top_k <= MOST):
-                self._context.set_sampler(seq, None)
-                self._on_device[seq] = None
-            elif not self._attach(seq, s):
-                log.warning("slot %d: the device does not run %s; the processor samples", seq, s)
-        if self._on_device[seq] is not None:
-            sampler.move_to(self._on_device[seq][1])
+                self._context.set_sampler(0, None)
+                self._on_device = None
+            elif not self._attach(s):
+                log.warning("the device does not run %s; the processor samples", s)
+        if self._on_device is not None:
+            sampler.move_to(self._on_device[1])
 
-    def _attach(self, seq: int, s: Sampling) -> bool:
+    def _attach(self, s: Sampling) -> bool:
         # greedy: temperature 0 leaves one candidate, whose id is all that is copied; llama.cpp's greedy sampler would
         # have the logits copied too
         chain = _chain(_drawing(s) if s.temp > 0 else [llama.llama_sampler_init_temp(0)])
-        taken = self._context.set_sampler(seq, chain)
-        self._on_device[seq] = (s, chain) if taken else None
+        taken = self._context.set_sampler(0, chain)
+        self._on_device = (s, chain) if taken else None
         return taken
 
 

@@ -3,29 +3,65 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tracekit.engine.drafter import Ask
 from tracekit.engine.sampling import Sampler, Sampling
+from tracekit.errors import TracekitError
+from tracekit.policy import file
 from tracekit.policy.interface import Now
-from tracekit.policy.rule import Policy
+from tracekit.policy.rule import Policy, Rule, rule
+from tracekit.policy.spec import parse_one
+
+PolicyLike = Policy | Rule | file.PolicyFile | str | Path
+
+MOST_TOKENS = 2**31 - 1  # a trace counts a request's in 32 bits
+
+
+def policy_of(given: PolicyLike) -> Policy:
+    """The policy that ``given`` is, holds or names; a rule's with its defaults. Raises :class:`TracekitError`."""
+    if isinstance(given, str):
+        return parse_one(given)
+    if isinstance(given, Path):
+        given = file.read(given) if given.suffix == ".toml" else rule(given)
+    found = given() if isinstance(given, Rule) else getattr(given, "policy", given)
+    if not isinstance(found, Policy):
+        raise TracekitError(f"policy {given!r}: its text, a policy, a rule, or a policy file is wanted")
+    return found
 
 
 @dataclass(frozen=True)
 class Request:
     """What to generate. ``prompt`` is text or token ids; generation ends at the end of text (unless ``ignore_eos``),
-    at a ``stop`` string (cut off the text), after ``max_tokens``, or with the context. ``policy`` None: the engine's.
-    ``arm`` labels it in a trace."""
+    at a ``stop`` string (one, or several; cut off the text), after ``max_tokens``, or with the context. ``policy`` is
+    anything :func:`policy_of` takes; None: the engine's. ``arm`` labels it in a trace."""
 
     prompt: str | list[int]
     max_tokens: int = 128
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
-    policy: Policy | None = None
+    policy: PolicyLike | None = None
     prompt_id: str = ""
     category: str = ""
     arm: str = "live"
     ignore_eos: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        if self.policy is not None:
+            object.__setattr__(self, "policy", policy_of(self.policy))
+
+    def check(self) -> None:
+        """Raises :class:`TracekitError` for a value of the wrong kind."""
+        for name, kind in (("prompt_id", str), ("category", str), ("arm", str), ("sampling", Sampling)):
+            if not isinstance(getattr(self, name), kind):
+                raise TracekitError(f"{name} {getattr(self, name)!r}: {kind.__name__} is wanted")
+        if not isinstance(self.max_tokens, int) or not 1 <= self.max_tokens <= MOST_TOKENS:
+            raise TracekitError(f"max_tokens {self.max_tokens}: a whole number from 1 to {MOST_TOKENS}")
+        bad = next((s for s in self.stop if not isinstance(s, str) or not s), None)
+        if bad is not None:
+            raise TracekitError(f"stop {bad!r}: a string of one character or more")
 
 
 @dataclass(frozen=True)

@@ -240,10 +240,11 @@ def test_full_disk_stops_recording_and_nothing_else(models, tmp_path):
     assert open_trace(path).frame("SELECT count(*) AS n FROM verifications")["n"][0] > 100
 
 
-def test_one_bad_request_costs_the_trace_that_request(models, settings, tmp_path, caplog):
-    """A number that no column holds is left out, once said so; every other request is there, and the run counts as
-    complete.
+def test_one_bad_request_costs_the_trace_that_request(models, settings, tmp_path, caplog, monkeypatch):
+    """A number that no column holds (the engine refuses those it knows of) is left out, once said so; every other
+    request is there, and the run counts as complete.
     """
+    monkeypatch.setattr(Request, "check", lambda request: None)
     path = tmp_path / "t.duckdb"
     with Engine(models["plain"], "static:n_max=2", replace(settings, n_ctx=64), trace=path) as engine:
         for name, n in (("a", 8), ("too many", 1 << 40), (7, 8), ("far too many", 1 << 70), ("b", 8)):

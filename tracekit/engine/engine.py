@@ -381,8 +381,10 @@ class Engine:
             self._drop()
             if self.recorder is not None:
                 self.recorder.cut_off = cut_off
-            self._free()  # the loop's requests among the rest
-            self.recorder = self._drafter = self._target = self.draft_model = self.model = None
+            try:
+                self._free()  # the loop's requests among the rest
+            finally:
+                self.recorder = self._drafter = self._target = self.draft_model = self.model = None
 
     def __enter__(self) -> Engine:
         return self

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.main import get_command
 
@@ -362,7 +363,17 @@ MISTAKES = [
     (["tune", "{trace}", "--folds", "100"], "--folds 100"),
     (["tune", "{trace}", "--space", "missing.toml"], "no such file"),
     (["tune", "{trace}", "-o", "{tuned}"], "--force"),
+    (["replay", "{trace}", "--policy", ""], "a policy is name"),
+    (["replay", "{trace}", "--policy", "static:n_max=1..inf/1"], "high >= low"),
+    (["replay", "{trace}", "--policy", "static:n_max=1..8/1e-9"], "widen the step"),
+    (["replay", "{trace}", "--policy", "{tuned}:n_max=3"], "edit the file"),
+    (["tune", "{trace}", "--seed", "-1"], "--seed -1: 0 or more"),
+    (["tune", "{trace}", "-o", "x.txt"], "ends in .toml"),
+    (["tune", "{trace}", "-o", "no/such/folder/x.toml"], "is no folder"),
+    (["tune", "{trace}", "--space", "{space}"], "drafts more than the"),
     (["sql", "{trace}", "SELECT nonsense"], "the query failed"),
+    (["sql", "{trace}", "COPY (SELECT 1) TO '{trace}'"], "would write"),
+    (["sql", "{trace}", "SELECT max(started_at) - min(started_at) AS d FROM runs"], "::VARCHAR"),
     (["sql", "{trace}", "--json"], "--json needs a query"),
     (["stats", "{prompts}"], "not a DuckDB file"),
     (["record", "{model}", "--prompts", "missing.jsonl", "-o", "x.duckdb"], "no such prompts file"),
@@ -400,9 +411,11 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("arguments", "hint"), MISTAKES, ids=[" ".join(m[0])[:50] for m in MISTAKES])
-def test_mistakes_get_one_clear_line(arguments, hint, recorded, tuned, prompts, models, tmp_path):
+def test_mistakes_get_one_clear_line(arguments, hint, recorded, tuned, prompts, models, tmp_path, tmp_path_factory):
     """Exit code 2, one line that names the fix, nothing on standard output, nothing half-written."""
-    places = {"trace": recorded, "tuned": tuned, "prompts": prompts, "model": models["plain"]}
+    space = tmp_path_factory.mktemp("space") / "space.toml"
+    space.write_text("[static]\nn_max = [9, 10]\n")
+    places = {"trace": recorded, "tuned": tuned, "prompts": prompts, "model": models["plain"], "space": space}
     before = {p: p.stat().st_mtime_ns for p in (recorded, tuned)}
     result = tracekit(*(a.format(**places) for a in arguments), code=2, cwd=tmp_path)
     lines = result.stderr.strip().splitlines()
@@ -425,6 +438,55 @@ def test_output_respects_pipes_and_no_color(recorded):
     full = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert (full.returncode, full.stderr.count("\n")) == (2, 1)
     assert "No space left" in full.stderr
+
+
+def test_tables_are_never_cut(monkeypatch):
+    """In a narrow terminal, and where a cell looks like markup, every character is printed."""
+    import io
+
+    from tracekit.cli.out import print_table
+    from tracekit.report.tables import table
+
+    monkeypatch.setenv("COLUMNS", "20")
+    printed = io.StringIO()
+    print_table(table(["policy", "[b]"], [["static" * 40, "[/code] :smile:"]]), printed)
+    assert "static" * 40 in printed.getvalue()
+    assert "[/code] :smile:" in printed.getvalue()
+    assert "[b]" in printed.getvalue()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "DELETE FROM verifications WHERE request = (SELECT max(request) FROM requests WHERE arm = 'probe') "
+        "AND n_generated = 2",
+        "UPDATE verifications SET n_matched = NULL WHERE n_generated = 2",
+        "DROP VIEW summary; DROP TABLE steps",
+        "ALTER TABLE runs RENAME schema_version TO version",
+    ],
+)
+def test_damaged_traces_are_named(recorded, tmp_path, damage):
+    """Rows or tables that are not there are one line, not a number that is a little off."""
+    import shutil
+
+    import duckdb
+
+    path = tmp_path / "damaged.duckdb"
+    shutil.copy(recorded, path)
+    with duckdb.connect(path) as con:
+        con.execute(damage)
+    result = tracekit("replay", path, code=2)
+    assert "damaged" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_intervals_of_what_never_happened():
+    """A share of none or all has an interval by the rule of three over requests; that of one request has none."""
+    from tracekit.report.stats import ratio_interval
+
+    assert ratio_interval(np.zeros(10), np.full(10, 9)) == (0.0, 0.0, 0.3)
+    assert ratio_interval(np.full(10, 9), np.full(10, 9)) == (1.0, 0.7, 1.0)
+    assert ratio_interval(np.array([3]), np.array([4])) == (0.75, None, None)
 
 
 def test_demo_runs_the_whole_loop(tmp_path):

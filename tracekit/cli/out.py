@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
 
 
 def print_table(table: Table, file: TextIO | None = None) -> None:
-    """Print a table, to standard output or ``file``; where that is no terminal, as wide as it needs to be."""
+    """Print a table, to standard output or ``file``, as wide as it needs to be: a number that is cut is another."""
     from rich.console import Console
 
-    console = Console() if file is None and sys.stdout.isatty() else Console(file=file, width=1000)
-    console.print(table)
+    plain = {"file": file, "markup": False, "emoji": False, "highlight": False}
+    needed = Console(width=1_000_000, **plain).measure(table).maximum
+    Console(width=max(needed, 1), **plain).print(table)
 
 
 def print_finding(finding: Finding, title: str, file: TextIO | None = None) -> None:
@@ -45,8 +47,16 @@ def finding_json(finding: Finding) -> dict[str, Any]:
 
 def print_json(content: Any) -> None:
     """Print JSON on standard output; Polars and NumPy values as plain ones."""
-    json.dump(content, sys.stdout, indent=2, default=_plain, allow_nan=False)
-    sys.stdout.write("\n")
+    sys.stdout.write(json.dumps(_finite(content), indent=2, default=_plain, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """``value`` without what JSON cannot say: null for numbers that are none."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(value: Any) -> Any:

@@ -13,10 +13,10 @@ from tracekit.cli import options, out
 def replay(
     trace: options.TraceArgument,
     policy: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             "--policy",
-            help="Policies; lists and ranges sweep: fallback:n_max=4,8,min_ratio=0.5..0.9/0.05 "
+            help="Policies; lists and ranges sweep: fallback:n_max=4,8,min_ratio=0.5..0.9/0.05; may be given again "
             "[default: off, fixed lengths and the fallback].",
         ),
     ] = None,
@@ -35,17 +35,19 @@ def replay(
     from tracekit.report import pictures, tables
     from tracekit.trace.store import open_trace
 
-    policies = parse(policy) if policy else None
+    policies = [p for text in policy or [] for p in parse(text)]
     source = open_trace(trace)
     pictures.check(plot)
     league = League.of(source, open_trace(cost) if cost else None, parallel)
     frame = league.table(policies or league.usual_policies())
     if sort:
         frame = frame.sort("tokens_per_second", descending=True)
+    if plot:
+        pictures.save(pictures.league_chart(frame, league), plot)
     if json:
         out.print_json(tables.with_references(frame, league))
     else:
         out.print_table(tables.league_table(frame, league))
         print(tables.league_note(league))
     if plot:
-        out.wrote(pictures.save(pictures.league_chart(frame, league), plot))
+        out.wrote(plot)

@@ -28,30 +28,47 @@ def tune(
     ] = None,
     parallel: options.Parallel = None,
     folds: Annotated[int, typer.Option("--folds", help="Parts of the cross-validation, by request.")] = 5,
-    seed: options.Seed = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the split into folds.")] = 0,
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
     """Search policies on a trace and write the best safe one, judged on requests it was not chosen on."""
-    from tracekit.errors import TracekitError
     from tracekit.replay.league import League
     from tracekit.report import tables
     from tracekit.trace.store import open_trace
     from tracekit.tune.evidence import tune as search
     from tracekit.tune.space import default_space, read_space
 
-    if output is not None and output.exists() and not force:
-        raise TracekitError(f"{output}: exists; choose another name or give --force")
+    if output is not None:
+        _check(output, force, (trace, cost, space))
     wanted = read_space(space) if space else default_space()
     source = open_trace(trace)
     league = League.of(source, open_trace(cost) if cost else None, parallel)
     with out.progress("policies") as update:
         found = search(league, wanted, max_slowdown, folds, seed, update)
+    if output is not None:
+        found.save(output)
     if json:
         out.print_json({"policy": found.policy.label} | found.evidence.model_dump(mode="json"))
     else:
         out.print_table(tables.evidence_table(found))
-        print(tables.league_note(league))
+        print(
+            "(held out): on requests that its choice did not see, fold by fold; the others on all of them. "
+            + tables.league_note(league)
+        )
         print(found.evidence.advice)
     if output is not None:
-        out.wrote(found.save(output))
+        out.wrote(output)
+
+
+def _check(output: Path, force: bool, inputs: tuple[Path | None, ...]) -> None:
+    from tracekit.errors import TracekitError
+
+    if output.suffix != ".toml":
+        raise TracekitError(f"{output}: a policy file ends in .toml")
+    if not output.absolute().parent.is_dir():
+        raise TracekitError(f"{output}: {output.parent} is no folder; make it first")
+    if output.exists() and (not force or not output.is_file()):
+        raise TracekitError(f"{output}: exists; choose another name or give --force")
+    if any(path is not None and output.resolve() == path.resolve() for path in inputs):
+        raise TracekitError(f"{output}: is what it would be made from; choose another name")

@@ -66,13 +66,16 @@ def read(path: str | Path) -> PolicyFile:
             raise TracekitError(f"{path}: policy.{key} must be {'a table' if _KEYS[key] is dict else 'a text'}")
     if ("name" in head) == ("file" in head):
         raise TracekitError(f"{path}: [policy] needs name (a shipped policy) or file (a Python file), one of them")
-    found = rule(head["name"] if "name" in head else path.parent / head["file"])
+    try:
+        found = rule(head["name"] if "name" in head else path.parent / head["file"])
+        policy = found(**head.get("params", {}))
+    except TracekitError as error:
+        raise TracekitError(f"{path}: {error}") from None
     if head.get("sha256", found.sha256) != found.sha256:
         raise TracekitError(
             f"{path}: policy {found.name} has changed since the file was written; tune again, or remove "
             "policy.sha256 to use it as it is now"
         )
-    policy = found(**head.get("params", {}))
     if "evidence" not in content:
         return PolicyFile(policy)
     from tracekit.policy.evidence import Evidence

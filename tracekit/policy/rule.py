@@ -221,7 +221,7 @@ def _run(path: Path, name: str, source: str) -> ModuleType:
     module.__file__ = str(path)
     try:
         exec(compile(source, path, "exec", dont_inherit=True), vars(module))
-    except Exception as error:  # a user's file may raise anything; its author needs the line, not our traceback
+    except (Exception, SystemExit) as error:  # a user's file may raise anything; its author needs the line of it
         line = getattr(error, "lineno", None) or _line_in(error, path)
         raise TracekitError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
     return module

@@ -9,6 +9,7 @@ policy file.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Mapping
 
@@ -16,6 +17,7 @@ from tracekit.errors import TracekitError
 from tracekit.policy import file
 from tracekit.policy.rule import Policy, Rule, rule
 
+MOST = 200_000  # values of a range, policies of a search
 _VALUE = re.compile(r"[-+]?[\d.][\d.eE+-]*(\.\.[-+\d.eE]+/[-+\d.eE]+)?|true|false|yes|no|on", re.IGNORECASE)
 
 
@@ -25,6 +27,8 @@ def parse(text: str) -> list[Policy]:
     """
     found: list[Policy] = []
     for name, values in _split(text):
+        if name.endswith(".toml") and values:
+            raise TracekitError(f"{name} says its own {next(iter(values))}; edit the file, or write the policy out")
         found.extend([file.read(name).policy] if name.endswith(".toml") else sweep(rule(name), values))
     if not found:
         raise TracekitError("no policy given; try off, static:n_max=4 or fallback")
@@ -58,9 +62,11 @@ def expand(policy: str, key: str, text: str) -> list[str]:
             low, high, step = float(low_text), float(high_text), float(step_text)
         except ValueError:
             raise TracekitError(f"{policy}: {key}={part}: a range is low..high/step") from None
-        if step <= 0 or high < low:
+        if not (step > 0 and high >= low and math.isfinite(high - low)):
             raise TracekitError(f"{policy}: {key}={part}: low..high/step needs high >= low and step > 0")
-        count = int((high - low) / step + 1e-9) + 1
+        count = int(min((high - low) / step + 1e-9, MOST)) + 1
+        if count > MOST:
+            raise TracekitError(f"{policy}: {key}={part}: more than {MOST} values; widen the step")
         values.extend(f"{low + i * step:.10g}" for i in range(count))
     return values
 

@@ -138,13 +138,22 @@ def positions(trace: TraceFile, shortest: int = 2) -> Positions:
     if requests["arm"].n_unique() > 1:
         requests = requests.filter(pl.col("arm") == "probe")
     rows = trace.frame(
-        """SELECT run, request, n_generated, n_proposed, n_drafted, n_matched, stop, draft_probs
-           FROM verifications WHERE n_generated > 0 AND len(tokens) > 0 ORDER BY run, request, n_generated"""
+        """SELECT run, request, n_generated, len(tokens)::INT AS n_emitted, n_proposed, n_drafted, n_matched,
+                  draft_probs
+           FROM verifications WHERE n_generated > 0 ORDER BY run, request, n_generated"""
     ).join(
         requests.select("run", "request", pl.int_range(pl.len()).alias("index")),
         on=["run", "request"],
         maintain_order="left",
     )
+    follows = (
+        pl.col("n_generated") == pl.col("n_emitted").shift(1).over("index").cum_sum().over("index").fill_null(0) + 1
+    )
+    damaged = rows.filter(~follows | pl.any_horizontal(pl.all().is_null()))
+    if damaged.height:
+        raise TracekitError(
+            f"{trace.path}: damaged: verifications of request {damaged['request'][0]} are missing or empty"
+        )
     probe = requests["arm"][0] == "probe"
     n_generated = requests["n_generated"].to_numpy().astype(np.int64)
     first = np.concatenate(([0], np.cumsum(n_generated - 1)))[:-1]

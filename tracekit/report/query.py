@@ -8,14 +8,22 @@ import polars as pl
 from tracekit.errors import TracekitError
 from tracekit.trace.store import TraceFile, connect
 
+_READING = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.StatementType.PRAGMA)
+
 
 def query(trace: TraceFile, sql: str) -> pl.DataFrame:
     """The result of ``sql``. Raises :class:`TracekitError` where DuckDB refuses it, or where it asks for nothing."""
     with connect(trace.path) as con:
         try:
+            if any(s.type not in _READING for s in con.extract_statements(sql)):
+                raise TracekitError(
+                    "the query would write; a trace is only read: SELECT, DESCRIBE, SHOW, EXPLAIN, PRAGMA"
+                )
             found = con.sql(sql)
             if found is None:
                 raise TracekitError("the query is empty; `tracekit sql TRACE` prints the tables it can ask")
             return found.pl()
+        except pl.exceptions.PolarsError:
+            raise TracekitError("the result is of a type that no table shows; cast it: x::VARCHAR") from None
         except duckdb.Error as error:
             raise TracekitError(f"the query failed: {str(error).splitlines()[0]}") from None

@@ -80,7 +80,7 @@ def acceptance_by_position(trace: TraceFile) -> pl.DataFrame:
         """SELECT r.run, r.request, r.category, CASE r.arm WHEN 'probe' THEN v.n_proposed ELSE v.n_drafted END AS tried,
                   v.n_matched AS matched
            FROM requests r JOIN verifications v USING (run, request)
-           WHERE arm IN ('probe', 'live') AND v.n_proposed > 0"""
+           WHERE arm IN ('probe', 'live') AND v.n_proposed > 0 ORDER BY r.run, r.request"""
     )
     if rows.is_empty():
         return pl.DataFrame(
@@ -98,7 +98,9 @@ def acceptance_by_position(trace: TraceFile) -> pl.DataFrame:
     for category, group in groups if len(groups) > 2 else groups[:1]:
         for position in range(1, int(group["tried"].max()) + 1):
             tried = group.filter(pl.col("tried") >= position)
-            each = tried.group_by("run", "request").agg(n=pl.len(), right=(pl.col("matched") >= position).sum())
+            each = tried.group_by("run", "request", maintain_order=True).agg(
+                n=pl.len(), right=(pl.col("matched") >= position).sum()
+            )
             ratio, low, high = ratio_interval(each["right"].to_numpy(), each["n"].to_numpy())
             found.append(
                 {
@@ -113,12 +115,20 @@ def acceptance_by_position(trace: TraceFile) -> pl.DataFrame:
     return pl.DataFrame(found)
 
 
-def ratio_interval(part: np.ndarray, whole: np.ndarray, n_boot: int = 500) -> tuple[float, float, float]:
-    """``sum(part) / sum(whole)`` and its 95 % bootstrap interval over the entries (requests)."""
-    n = len(whole)
+def ratio_interval(part: np.ndarray, whole: np.ndarray, n_boot: int = 500) -> tuple[float, float | None, float | None]:
+    """``sum(part) / sum(whole)`` and its 95 % bootstrap interval over the entries (requests); by the rule of three over
+    them where all or none happened, None with a single entry.
+    """
+    n, ratio = len(whole), float(part.sum() / max(whole.sum(), 1))
+    if n < 2:
+        return ratio, None, None
+    if ratio in (0.0, 1.0):
+        reach = min(1.0, 3 / n)
+        return ratio, max(0.0, ratio - reach), min(1.0, ratio + reach)
     draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), n_boot)
     ratios = (draws @ part) / np.maximum(draws @ whole, 1)
-    return float(part.sum() / max(whole.sum(), 1)), *(float(q) for q in np.quantile(ratios, (0.025, 0.975)))
+    low, high = np.quantile(ratios, (0.025, 0.975))
+    return ratio, float(low), float(high)
 
 
 def _by_category(trace: TraceFile) -> pl.DataFrame:
@@ -127,7 +137,7 @@ def _by_category(trace: TraceFile) -> pl.DataFrame:
                   sum(verifications)::INT AS verifications,
                   sum(drafted)::INT AS drafted, sum(accepted)::INT AS accepted,
                   1 + sum(accepted) / nullif(sum(verifications), 0) AS tau,
-                  sum(amplification * n_generated) / sum(n_generated) AS amplification
+                  sum(amplification * (n_generated - 1)) / nullif(sum(n_generated - 1), 0) AS amplification
            FROM summary GROUP BY ALL ORDER BY arm, category"""
     )
 

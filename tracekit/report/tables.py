@@ -116,13 +116,14 @@ def with_references(frame: pl.DataFrame, league: League) -> list[dict[str, Any]]
 def league_note(league: League) -> str:
     """What the table's numbers rest on."""
     p, n_slots = league.positions, league.serving.n_slots
+    ended = " of two tokens or more, the first untimed" if n_slots == 1 else ""
     together = (
         f" Served over {n_slots} slots from one queue: tokens/s are of the whole run, reading prompts included."
         if n_slots > 1
         else ""
     )
     return (
-        f"{p.n_requests} requests, {int(league.tokens.sum())} tokens, {p.mode} trace; times from "
+        f"{p.n_requests} requests{ended}, {int(league.tokens.sum())} tokens, {p.mode} trace; times from "
         f"{league.cost.n_steps} steps "
         f"(cost model {league.cost.id}, step spread {100 * league.cost.spread_ratio:.1f} %); counts are exact "
         f"where 'exact' says 100 %.{together}" + (f" Warning: {league.warning}." if league.warning else "")

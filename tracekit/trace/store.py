@@ -28,7 +28,10 @@ class TraceFile:
     def frame(self, sql: str, **parameters: Any) -> pl.DataFrame:
         """The result of ``sql`` (``$name`` for parameters) as a Polars frame."""
         with connect(self.path) as con:
-            return con.sql(sql, params=parameters or None).pl()
+            try:
+                return con.sql(sql, params=parameters or None).pl()
+            except duckdb.Error as error:
+                raise TracekitError(f"{self.path}: {_reason(str(error))}") from None
 
     @cached_property
     def runs(self) -> pl.DataFrame:
@@ -55,7 +58,10 @@ def open_trace(path: str | Path) -> TraceFile:
             raise TracekitError(
                 f"{path}: a DuckDB file, but no trace (it has no table runs); `tracekit record` writes one"
             )
-        versions = {row[0] for row in con.execute("SELECT DISTINCT schema_version FROM runs").fetchall()}
+        try:
+            versions = {row[0] for row in con.execute("SELECT DISTINCT schema_version FROM runs").fetchall()}
+        except duckdb.Error as error:
+            raise TracekitError(f"{path}: {_reason(str(error))}") from None
     if not versions:
         raise TracekitError(f"{path}: holds no run; the recording stopped before its first commit; record again")
     if versions != {schema.VERSION}:

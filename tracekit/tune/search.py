@@ -16,6 +16,7 @@ from tracekit.tune.space import grid, neighbours
 
 _REFINED = 8  # best policies whose neighbourhood is tried
 _FRACTIONS = (0.5, 0.25)  # of a grid step
+_STRICTER = 20  # times that the selection is made stricter
 
 Progress = Callable[[int, int], None]
 
@@ -61,6 +62,8 @@ def search(
         raise TracekitError(f"--max-slowdown {max_slowdown}: a fraction between 0 and 1 (0.02 is 2 %)")
     if not 2 <= folds <= n:
         raise TracekitError(f"--folds {folds}: between 2 and the number of requests in the trace, {n}")
+    if seed < 0:
+        raise TracekitError(f"--seed {seed}: 0 or more")
     policies = grid(space, league.positions.n_max)
     times = _times(league, policies, progress)
     fold = _folds(league.positions.categories, folds, seed)
@@ -73,15 +76,17 @@ def search(
             policies = policies + fresh
             times = np.concatenate((times, _times(league, fresh, None)))
     allowed = max_slowdown
-    for _ in range(4):
-        held_out = np.zeros(n, int)
+    for _ in range(_STRICTER):
+        held_out, closest = np.zeros(n, int), -np.inf
         for k in range(folds):
-            held_out[fold == k] = _ranked(league, times, fold != k, allowed)[0]
+            best = _ranked(league, times, fold != k, allowed)[0]
+            held_out[fold == k] = best
+            closest = max(closest, worst_slowdown(league, times[best], fold != k))
         chosen = int(_ranked(league, times, np.ones(n, bool), allowed)[0])
         excess = worst_slowdown(league, times[held_out, np.arange(n)]) - max_slowdown
         if excess <= 0 or chosen == 0:
             return Search(policies, times, chosen, held_out, allowed)
-        allowed -= excess
+        allowed = min(allowed - excess, closest - 1e-6)  # so that some fold selects another
     return Search(policies, times, 0, np.zeros(n, int), allowed)
 
 
@@ -121,9 +126,12 @@ def _ranked(league: League, times: np.ndarray, seen: np.ndarray, allowed: float)
     return np.argsort(total, kind="stable")[: int(safe.sum())]
 
 
-def worst_slowdown(league: League, time: np.ndarray) -> float:
-    """The largest slowdown against no MTP over the categories, of times float64 ``[n_requests]``."""
-    return max(float(time[m].sum() / league.no_mtp_us[m].sum() - 1) for m in league.members.values())
+def worst_slowdown(league: League, time: np.ndarray, seen: np.ndarray | bool = True) -> float:
+    """The largest slowdown against no MTP over the categories, of times float64 ``[n_requests]``; of the ``seen``
+    requests.
+    """
+    here = [m & seen for m in league.members.values() if (m & seen).any()]
+    return max(float(time[m].sum() / league.no_mtp_us[m].sum() - 1) for m in here)
 
 
 def held_out_counts(league: League, found: Search) -> list[np.ndarray]:

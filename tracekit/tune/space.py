@@ -11,9 +11,7 @@ from pathlib import Path
 
 from tracekit.errors import TracekitError
 from tracekit.policy.rule import Policy, Rule, rule, shipped
-from tracekit.policy.spec import expand, sweep
-
-MOST = 200_000
+from tracekit.policy.spec import MOST, expand, sweep
 
 
 def default_space() -> dict[str, dict[str, str]]:
@@ -69,9 +67,13 @@ def grid(space: Mapping[str, Mapping[str, str]], n_max: int) -> list[Policy]:
             raise TracekitError(
                 f"the space of {name} has {size} policies; {MOST} at most: widen a step or drop a parameter"
             )
-        for policy in sweep(rule(name), values):
-            if getattr(policy.params, "n_max", 0) <= n_max:
-                found[policy] = None
+        fit = [p for p in sweep(rule(name), values) if getattr(p.params, "n_max", 0) <= n_max]
+        if not fit:
+            raise TracekitError(
+                f"every {name} in the space drafts more than the {n_max} tokens that the trace has; lower its n_max, "
+                "or record with a higher --n-max"
+            )
+        found |= dict.fromkeys(fit)
     return list(found)
 
 

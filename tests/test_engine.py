@@ -331,3 +331,29 @@ def test_never_makes_the_engine_one_without_mtp(models, settings, tmp_path):
     )
     assert not any(frame["mtp"][0])
     assert frame["mtp"][1].to_list() == [True] + [False] * (len(done[1].rounds) - 1)
+
+
+def test_files_that_lack_what_they_claim(models, settings, tmp_path):
+    """A sidecar in the model's place, and a model whose NextN tensors are missing, are one line and no crash."""
+    from tracekit.model import weights
+    from tracekit.model.build import REFERENCE, build
+
+    sidecar = build(tmp_path / "sidecar.gguf", sidecar=True)
+    with pytest.raises(TracekitError, match="--draft-model"):
+        Engine(sidecar, settings=settings)
+    whole = weights.read(REFERENCE)
+    rest = {name: tensor for name, tensor in whole.tensors.items() if ".nextn." not in name}
+    stripped = weights.write(replace(whole, tensors=rest), tmp_path / "stripped.gguf", "f16")
+    with pytest.raises(TracekitError, match="no MTP"):
+        Engine(stripped, settings=settings)
+    with Engine(stripped, settings=settings, mtp=False) as engine:
+        assert len(engine.generate("import os", max_tokens=3).tokens) == 3
+
+
+def test_context_is_as_long_as_one_asked_for(models, settings):
+    """llama.cpp rounds a context up; the engine keeps to what was given, and longer prompts are refused."""
+    with Engine(models["plain"], settings=replace(settings, n_ctx=50, n_batch=64, n_ubatch=64)) as engine:
+        done = engine.generate("import os\n", max_tokens=200, ignore_eos=True)
+        assert (done.stop, done.n_prompt + len(done.tokens)) == ("context", 51)
+        with pytest.raises(TracekitError, match="context of 50"):
+            engine.generate([1] * 50)

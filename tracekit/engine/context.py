@@ -90,7 +90,7 @@ class Context:
         n_sampled: int = 1,
     ):
         params = llama.llama_context_default_params()
-        params.n_ctx = n_ctx * n_seq
+        params.n_ctx = -(-n_ctx // 256) * 256 * n_seq  # whole blocks, as llama.cpp allocates them
         params.n_batch, params.n_ubatch, params.n_seq_max = n_batch, n_ubatch, n_seq
         params.n_threads = params.n_threads_batch = n_threads
         params.type_k, params.type_v, params.flash_attn_type = type_k, type_v, flash_attn
@@ -106,7 +106,7 @@ class Context:
                 f"{model.path}: no context of {n_seq} x {n_ctx} tokens ({lib.last_error('no reason given')})"
             )
         self._memory = ctypes.cast(llama.llama_get_memory(self.handle), ctypes.c_void_p)
-        self.n_ctx = llama.llama_n_ctx(self.handle) // n_seq
+        self.n_ctx = n_ctx
         self.n_batch = n_batch
         self._n_embd, self.n_vocab = model.facts.n_embd, model.facts.n_vocab
         self._raw = ctypes.cast(self.handle, ctypes.c_void_p)

@@ -134,7 +134,7 @@ class Engine:
     def _make_drafter(self, draft_model: str | Path | None) -> Drafter:
         source = self.model
         if draft_model is not None:
-            source = self.draft_model = self._own(Model(draft_model, self.settings.gpu_layers))
+            source = self.draft_model = self._own(Model(draft_model, self.settings.gpu_layers, sidecar=True))
             if (source.facts.n_embd, source.facts.n_vocab) != (self.model.facts.n_embd, self.model.facts.n_vocab):
                 raise TracekitError(
                     f"{draft_model}: its width or vocabulary is not that of {self.model.path}; a sidecar "
@@ -144,7 +144,7 @@ class Engine:
         if nextn == 0:
             raise TracekitError(
                 f"{source.path}: no MTP (NextN) layers in this GGUF (architecture {source.facts.arch}); use "
-                "one converted with them, or --no-mtp"
+                "one converted with them, give a sidecar with --draft-model, or use policy off"
             )
         if nextn > 1:
             raise TracekitError(

@@ -102,6 +102,28 @@ def last_error(since: str = "") -> str:
     return since
 
 
+class _GgufParams(ctypes.Structure):
+    _fields_ = (("no_alloc", ctypes.c_bool), ("context", ctypes.c_void_p))
+
+
+def tensor_names(path: Path) -> list[str]:
+    """Names of the tensors in a GGUF file, by ggml's own reader, without loading any; empty where it cannot be read."""
+    found = sorted(Path(llama.__file__).parent.glob("**/*ggml-base*"))
+    ggml = ctypes.CDLL(str(found[0]))
+    ggml.gguf_init_from_file.restype = ctypes.c_void_p
+    ggml.gguf_init_from_file.argtypes = [ctypes.c_char_p, _GgufParams]
+    ggml.gguf_get_n_tensors.restype, ggml.gguf_get_n_tensors.argtypes = ctypes.c_int64, [ctypes.c_void_p]
+    ggml.gguf_get_tensor_name.restype = ctypes.c_char_p
+    ggml.gguf_get_tensor_name.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    ggml.gguf_free.argtypes = [ctypes.c_void_p]
+    file = ggml.gguf_init_from_file(os.fsencode(path), _GgufParams(True, None))
+    if not file:
+        return []
+    names = [ggml.gguf_get_tensor_name(file, i).decode() for i in range(ggml.gguf_get_n_tensors(file))]
+    ggml.gguf_free(file)
+    return names
+
+
 @contextmanager
 def listening() -> Iterator[list[str]]:
     """Everything that llama.cpp logs inside the block, a list that grows line by line."""

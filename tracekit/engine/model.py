@@ -47,16 +47,21 @@ class ModelFacts:
 class Model:
     """A loaded GGUF file. Raises :class:`TracekitError` where llama.cpp cannot load it.
 
-    ``gpu_layers``: layers on the GPU, -1 for all. ``mtp``: load the NextN blocks too.
+    ``gpu_layers``: layers on the GPU, -1 for all. ``mtp``: load the NextN blocks too. ``sidecar``: the drafter alone is
+    wanted.
     """
 
-    def __init__(self, path: str | Path, gpu_layers: int = -1, mtp: bool = True):
+    def __init__(self, path: str | Path, gpu_layers: int = -1, mtp: bool = True, sidecar: bool = False):
         self.path = Path(path)
         if not self.path.is_file():
             raise TracekitError(f"{path}: no such model; `tracekit model build -o {path}` writes the reference model")
         with self.path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise TracekitError(f"{path}: not a GGUF file")
+        names = lib.tensor_names(self.path)
+        self._has_nextn = not names or any(".nextn." in name for name in names)
+        if names and not sidecar and not any(name.startswith("blk.0.") for name in names):
+            raise TracekitError(f"{path}: holds no layer 0; a sidecar belongs to --draft-model, beside its model")
         params = llama.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
         params.load_mtp = mtp
@@ -79,7 +84,7 @@ class Model:
             n_bytes=llama.llama_model_size(self.handle),
             n_params=llama.llama_model_n_params(self.handle),
             n_layer=llama.llama_model_n_layer(self.handle),
-            n_layer_nextn=llama.llama_model_n_layer_nextn(self.handle),
+            n_layer_nextn=llama.llama_model_n_layer_nextn(self.handle) if self._has_nextn else 0,  # not as claimed
             n_embd=llama.llama_model_n_embd_out(self.handle),
             n_vocab=llama.llama_vocab_n_tokens(self.vocab),
             n_ctx_train=llama.llama_model_n_ctx_train(self.handle),

@@ -379,6 +379,8 @@ MISTAKES = [
     (["record", "{model}", "--prompts", "missing.jsonl", "-o", "x.duckdb"], "no such prompts file"),
     (["record", "{model}", "--prompts", "{trace}", "-o", "x.duckdb"], "not a text file"),
     (["record", "{model}", "--prompts", "{prompts}", "-o", "{trace}"], "--force"),
+    (["record", "{model}", "--prompts", "{prompts}", "-o", "{prompts}", "--force"], "replaces traces only"),
+    (["generate", "{model}", "x", "--trace", "{model}", "--force"], "replaces traces only"),
     (["record", "{model}", "--prompts", "{prompts}", "-o", "x.duckdb", "--mode", "dream"], "probe or live"),
     (["record", "{model}", "--prompts", "{prompts}", "-o", "x.duckdb", "--policy", "off"], "add --mode live"),
     (["record", "{model}", "--prompts", "{prompts}", "-o", "x.duckdb", "--mode", "live"], "needs --policy"),

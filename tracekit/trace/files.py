@@ -33,9 +33,13 @@ def held_by(error: duckdb.Error) -> str:
 def remove(trace: Path) -> None:
     """Delete ``trace`` and what its recording has left beside it, where there is anything.
 
-    Raises :class:`TracekitError` for one that is being recorded, ``OSError`` where it cannot be deleted.
+    Raises :class:`TracekitError` for one that is being recorded or for another kind of file, ``OSError`` where it
+    cannot be deleted.
     """
     if trace.is_file():
+        with trace.open("rb") as file:
+            if (head := file.read(12)) and head[8:] != b"DUCK":
+                raise TracekitError(f"{trace}: not a trace; --force replaces traces only, choose another name")
         try:
             duckdb.connect(str(trace), read_only=True).close()
         except duckdb.Error as error:

@@ -70,7 +70,7 @@ def test_probes_agree_to_the_last_bit(start, tmp_path):
     traces, counts = {}, {}
     for arm in ARMS:
         probe = Probe(N_MAX, seed=3)
-        with start(arm, 2, trace=tmp_path / f"{arm}.duckdb", probe=probe) as engine:
+        with start(arm, trace=tmp_path / f"{arm}.duckdb", probe=probe) as engine:
             list(engine.run(requests(0.0, 20)))
             assert engine.recorder.failed == ""
         trace = open_trace(tmp_path / f"{arm}.duckdb")
@@ -105,6 +105,26 @@ def test_sampling_alike_or_not(start):
             texts[arm] = [d.tokens for d in engine.run(wanted)]
     assert texts["both"] == texts["host"]
     assert texts["both"][0] == texts["both"][-1] != texts["both"][1]
+
+
+def test_several_slots_sample_on_the_host(models, settings, caplog):
+    """llama.cpp mixes up rows that the device samples with others': with several slots the target's stay on the host,
+    the engine says so once, and each of unlike requests side by side gets the text it gets alone.
+    """
+    host = Sampling(temp=0.7, top_p=1.0, seed=1)
+    wanted = [
+        Request("import os\n", 2),
+        Request("class Foo:\n", 100, host, policy="static:n_max=2", ignore_eos=True),
+        Request("class Bar:\n", 100, ignore_eos=True),
+        *(Request(r.prompt, 3) for r in requests(per_category=3)),
+    ]
+    few = replace(settings, n_batch=64, n_ubatch=64, threads=1, **ARMS["both"])
+    with Engine(models["plain"], settings=replace(few, backend_sampling=False)) as engine:
+        alone = [d.tokens for d in engine.run(wanted)]
+    with Engine(models["plain"], settings=replace(few, n_slots=3, kv_unified=True)) as engine:
+        assert engine.settings.backend_sampling is False
+        assert [d.tokens for d in sorted(engine.run(wanted), key=lambda d: d.number)] == alone
+    assert sum("samplers for several slots" in m for m in caplog.messages) == 1
 
 
 def test_logits_stay_on_the_device(start):
@@ -145,12 +165,12 @@ def test_refused_target_sampler(start, monkeypatch, caplog, tmp_path):
     drawing = sampling._drawing
     monkeypatch.setattr(sampling, "_drawing", lambda s: [xtc(), *drawing(s)])
     caplog.set_level(logging.INFO, "tracekit.engine")
-    with start("target", 2, trace=tmp_path / "t.duckdb") as engine:
+    with start("target", trace=tmp_path / "t.duckdb") as engine:
         assert engine.settings.backend_sampling is False
         tokens = engine.generate("def main(", max_tokens=20, policy=parse_one("static:n_max=4")).tokens
     assert sum("the device does not run the target's samplers" in m for m in caplog.messages) == 1
     assert recorded(tmp_path / "t.duckdb")["backend_sampling"] is False
-    with start("host", 2) as engine:
+    with start("host") as engine:
         assert engine.generate("def main(", max_tokens=20).tokens == tokens
 
 

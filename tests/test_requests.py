@@ -18,7 +18,8 @@ from tracekit.trace.store import open_trace
 @pytest.fixture(scope="module")
 def two(models, settings):
     """An engine with two slots in one memory."""
-    with Engine(models["plain"], settings=replace(settings, n_slots=2, kv_unified=True, threads=1)) as engine:
+    wanted = replace(settings, n_slots=2, kv_unified=True, threads=1)
+    with Engine(models["plain"], "static:n_max=1", wanted) as engine:
         yield engine
 
 
@@ -27,7 +28,7 @@ def test_engine_goes_on_after_a_failed_step(two, monkeypatch, error):
     """Whatever is raised after a step's decode: every request is dropped, and later ones are served right."""
     wanted = two.generate("def f(x):\n", max_tokens=20).tokens
     for name in ("_verify", "_learn"):
-        two.submit(Request("import os\n", max_tokens=8))
+        two.submit(Request("import os\n", max_tokens=50))
         stream = two.stream("class A:\n", max_tokens=50)
         next(stream)
         two.submit(Request("waiting", max_tokens=8))

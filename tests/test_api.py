@@ -84,7 +84,7 @@ MISTAKES = {
     "a space that is not there": (lambda trace: trace.tune(space="no.toml"), "no such file"),
     "not SQL": (lambda trace: trace.sql("nonsense"), "the query failed: Parser Error"),
     "an empty query": (lambda trace: trace.sql(""), "the query is empty"),
-    "a query that writes": (lambda trace: trace.sql("DROP TABLE runs"), "read-only"),
+    "a query that writes": (lambda trace: trace.sql("DROP TABLE runs"), "would write"),
     "costs that are not there": (lambda _: tracekit.open(SHIPPED, cost="no.duckdb"), "no.duckdb: no such file"),
     "no slots": (lambda _: tracekit.open(SHIPPED, n_slots=0), "n_slots=0"),
     "slots in words": (lambda _: tracekit.open(SHIPPED, n_slots="four"), "n_slots='four'"),

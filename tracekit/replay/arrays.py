@@ -149,7 +149,7 @@ def positions(trace: TraceFile, shortest: int = 2) -> Positions:
     follows = (
         pl.col("n_generated") == pl.col("n_emitted").shift(1).over("index").cum_sum().over("index").fill_null(0) + 1
     )
-    damaged = rows.filter(~follows | pl.any_horizontal(pl.all().is_null()))
+    damaged = rows.filter(~follows)
     if damaged.height:
         raise TracekitError(
             f"{trace.path}: damaged: verifications of request {damaged['request'][0]} are missing or empty"

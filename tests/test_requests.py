@@ -227,3 +227,12 @@ def test_long_pieces_are_whole(tmp_path):
     model = Model(weights.write(replace(whole, tokens=tokens), tmp_path / "long.gguf"))
     assert model.piece(2000) == b"Q" * 300
     model.close()
+
+
+def test_policy_that_raises_is_named(two, tmp_path):
+    """An exception out of a policy's file is one line with the file and the line; the engine goes on."""
+    path = tmp_path / "mine.py"
+    path.write_text(rule("static").source.replace("return params.n_max,", "return params.n_max // (now.n_past - 3),"))
+    with pytest.raises(TracekitError, match=r"mine\.py, line \d+: ZeroDivisionError"):
+        two.generate([1, 2, 3], max_tokens=8, policy=path)
+    assert len(two.generate("def f(x):\n", max_tokens=4).tokens) == 4

@@ -279,10 +279,11 @@ class Engine:
             for done in self._loop.step():
                 if done.number in self._boxes:
                     self._boxes.pop(done.number).append(done)
-        except BaseException:
+        except BaseException as error:
+            policies = [slot.policy for slot in self._loop.slots if slot is not None]
             self._loop.abort()
             self._drop()
-            raise
+            raise next(filter(None, (p.rule.blamed(error) for p in policies)), error) from None
         finally:
             self._stepping = False
 

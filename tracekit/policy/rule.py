@@ -44,6 +44,13 @@ class Rule:
         """Identity of the file's source: evidence about a policy is evidence about this."""
         return hashlib.sha256(self.source.encode()).hexdigest()
 
+    def blamed(self, error: BaseException) -> TracekitError | None:
+        """What to tell the author where ``error`` comes out of this file; None for one from elsewhere."""
+        line = _line_in(error, self.path)
+        if line == "?" or not isinstance(error, Exception):
+            return None
+        return TracekitError(f"{self.path}, line {line}: {type(error).__name__}: {error}")
+
     def __call__(self, /, **params: Any) -> Policy:
         """The rule with these parameters, the rest at their defaults. Raises :class:`TracekitError` for a wrong one."""
         for key in params:

@@ -11,8 +11,8 @@ import polars as pl
 
 from tracekit.errors import TracekitError
 from tracekit.policy.file import PolicyFile
-from tracekit.policy.rule import Policy, Rule
-from tracekit.policy.spec import parse
+from tracekit.policy.rule import Policy
+from tracekit.policy.spec import PolicyLike, parse, policy_of
 from tracekit.replay.league import League
 from tracekit.report import pictures
 from tracekit.report.query import query as ask
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import altair as alt
 
 # what replay and the plots take, and what tune searches
-Policies = str | Path | Policy | PolicyFile | Rule | Iterable["Policies"]
+Policies = PolicyLike | Iterable["Policies"]
 Space = Mapping[str, Mapping[str, Any]]
 
 
@@ -112,16 +112,10 @@ def open(path: str | Path, cost: str | Path | None = None, n_slots: int | None =
 
 
 def _policies(of: Policies) -> list[Policy]:
-    if isinstance(of, (str, Path)):
-        return parse(str(of))
-    if isinstance(of, Policy):
-        return [of]
-    if isinstance(of, PolicyFile):
-        return [of.policy]
-    if isinstance(of, Rule):
-        return [of()]
-    if not isinstance(of, Iterable):
-        raise TracekitError(f"{of!r}: not a policy; try 'off', 'static:n_max=4' or 'fallback'")
+    if isinstance(of, str):
+        return parse(of)
+    if isinstance(of, PolicyLike) or not isinstance(of, Iterable):
+        return [policy_of(of)]
     found = [p for one in of for p in _policies(one)]
     if not found:
         raise TracekitError("no policy given; try 'off', 'static:n_max=4' or 'fallback'")

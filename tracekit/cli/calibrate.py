@@ -67,8 +67,7 @@ def calibrate(
     ):
         recorder = engine.recorder
         measure(engine, sweep, plan, Sampling(temp=temp, seed=seed), update)
-    if recorder.failed:
-        out.recorded(output, recorder.failed)
+    recorder.demand()
     cells = surface.surface(open_trace(output))
     if json:
         out.print_json({"file": str(output), "bytes": output.stat().st_size} | surface.as_json(cells))

@@ -83,4 +83,5 @@ def generate(
             f"{facts['verifications']} verifications"
         )
     if recorder is not None:
-        out.recorded(recorder.path, recorder.failed)
+        recorder.demand()
+        out.wrote(recorder.path)

@@ -73,15 +73,6 @@ def wrote(path: Path) -> None:
     print(f"Wrote {path}", file=sys.stderr, flush=True)
 
 
-def recorded(path: Path, failed: str) -> None:
-    """The last line of a verb that recorded; raises :class:`~tracekit.errors.TracekitError` where that stopped."""
-    from tracekit.errors import TracekitError
-
-    if failed:
-        raise TracekitError(f"{path}: recording stopped ({failed}); what was written is kept")
-    wrote(path)
-
-
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar with the time left, on a terminal; elsewhere a line every ten seconds. Yields ``update(done,

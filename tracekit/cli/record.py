@@ -83,4 +83,5 @@ def record(
             f"{summary['requests']} requests, {summary['tokens']} tokens in the {mode} arm, "
             f"{summary['bytes'] / 1e6:.1f} MB"
         )
-    out.recorded(output, recorder.failed)
+    recorder.demand()
+    out.wrote(output)

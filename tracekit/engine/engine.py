@@ -30,9 +30,10 @@ from tracekit.engine.recorder import Recorder, record_beside
 from tracekit.engine.rollback import PartialRollback
 from tracekit.engine.sampling import BackendSampling
 from tracekit.engine.settings import CACHE_TYPES, FLASH_ATTN, Settings
-from tracekit.engine.slot import Completion, PolicyLike, Request, Slot, policy_of
+from tracekit.engine.slot import Completion, Request, Slot
 from tracekit.errors import TracekitError
 from tracekit.policy.rule import Policy
+from tracekit.policy.spec import PolicyLike, policy_of
 
 log = logging.getLogger("tracekit.engine")
 

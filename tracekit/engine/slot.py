@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from tracekit.engine.drafter import Ask
 from tracekit.engine.sampling import Sampler, Sampling
 from tracekit.errors import TracekitError
-from tracekit.policy import file
 from tracekit.policy.interface import Now
-from tracekit.policy.rule import Policy, Rule, rule
-from tracekit.policy.spec import parse_one
-
-PolicyLike = Policy | Rule | file.PolicyFile | str | Path
+from tracekit.policy.rule import Policy
+from tracekit.policy.spec import PolicyLike, policy_of
 
 MOST_TOKENS = 2**31 - 1  # a trace counts a request's in 32 bits
-
-
-def policy_of(given: PolicyLike) -> Policy:
-    """The policy that ``given`` is, holds or names; a rule's with its defaults. Raises :class:`TracekitError`."""
-    if isinstance(given, str):
-        return parse_one(given)
-    if isinstance(given, Path):
-        given = file.read(given) if given.suffix == ".toml" else rule(given)
-    found = given() if isinstance(given, Rule) else getattr(given, "policy", given)
-    if not isinstance(found, Policy):
-        raise TracekitError(f"policy {given!r}: its text, a policy, a rule, or a policy file is wanted")
-    return found
 
 
 @dataclass(frozen=True)

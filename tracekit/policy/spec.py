@@ -12,6 +12,7 @@ import itertools
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from tracekit.errors import TracekitError
 from tracekit.policy import file
@@ -19,6 +20,8 @@ from tracekit.policy.rule import Policy, Rule, rule
 
 MOST = 200_000  # values of a range, policies of a search
 _VALUE = re.compile(r"[-+]?[\d.][\d.eE+-]*(\.\.[-+\d.eE]+/[-+\d.eE]+)?|true|false|yes|no|on", re.IGNORECASE)
+
+PolicyLike = Policy | Rule | file.PolicyFile | str | Path
 
 
 def parse(text: str) -> list[Policy]:
@@ -41,6 +44,18 @@ def parse_one(text: str) -> Policy:
     if len(found) != 1:
         raise TracekitError(f"{text}: names {len(found)} policies; one is wanted here")
     return found[0]
+
+
+def policy_of(given: PolicyLike) -> Policy:
+    """The policy that ``given`` is, holds or names; a rule's with its defaults. Raises :class:`TracekitError`."""
+    if isinstance(given, str):
+        return parse_one(given)
+    if isinstance(given, Path):
+        given = file.read(given) if given.suffix == ".toml" else rule(given)
+    found = given() if isinstance(given, Rule) else getattr(given, "policy", given)
+    if not isinstance(found, Policy):
+        raise TracekitError(f"{given!r}: not a policy; try 'off', 'static:n_max=4' or 'fallback'")
+    return found
 
 
 def sweep(of: Rule, values: Mapping[str, str]) -> list[Policy]:

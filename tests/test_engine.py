@@ -244,7 +244,7 @@ def test_rows_of_a_fused_batch_are_its_own(models, settings, monkeypatch):
         (lambda m, s: Sampling(seed=1.5), "seed 1.5: a whole number between"),
         (lambda m, s: Sampling(temp="hot"), "temp hot: a number between"),
         (lambda m, s: Engine(m["plain"], settings=s, probe=Probe(9)), "a probe of 9 drafts: the engine's n_max is 6"),
-        (lambda m, s: Engine(m["plain"], 4, s), "policy 4: its text"),
+        (lambda m, s: Engine(m["plain"], 4, s), "4: not a policy"),
         (lambda m, s: Request("x", policy="nonsense"), "no policy 'nonsense'"),
     ],
 )

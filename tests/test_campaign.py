@@ -139,14 +139,21 @@ def test_models_of_another_seed_have_another_name(tmp_path, monkeypatch):
 
 
 def test_force_empties_a_campaigns_folder_of_traces_and_what_lies_beside_them(tmp_path):
-    """Journals and logs go too, even those whose trace was moved; a trace being recorded is refused and stays."""
-    for name in ("a.duckdb", "a.duckdb.wal", "b-1.5.duckdb.journal", "a.toml", "notes.md"):
+    """Journals and logs go too, even those whose trace was moved; a trace being recorded is refused and stays, and all
+    of it where the plan cannot run here."""
+    left = {"a.duckdb", "a.duckdb.wal", "b-1.5.duckdb.journal", "a.toml", "notes.md"}
+    for name in left:
         (tmp_path / name).touch()
-    campaign.open_campaign(tmp_path, "plan", force=True)
+    if not lib.has_gpu():
+        with pytest.raises(TracekitError, match="sees no GPU"):
+            campaign.Campaign(read_plan("cuda")[0], tmp_path, tmp_path, QUIET).open("plan", force=True)
+        assert {p.name for p in tmp_path.iterdir()} == left
+    smoke = campaign.Campaign(read_plan("smoke")[0], tmp_path, tmp_path, QUIET)
+    smoke.open("plan", force=True)
     assert {p.name for p in tmp_path.iterdir()} == {"plan.toml", "notes.md"}
     writer = TraceWriter.create(tmp_path / "a.duckdb")
     with pytest.raises(TracekitError, match=r"a\.duckdb: being written by this process"):
-        campaign.open_campaign(tmp_path, "plan", force=True)
+        smoke.open("plan", force=True)
     writer.close()
     assert (tmp_path / "a.duckdb").exists()
 
@@ -244,7 +251,7 @@ def test_bad_plans_get_one_line(tmp_path, edit, message):
 
 
 def test_a_gpu_that_is_demanded_and_missing_stops_the_campaign(tmp_path, monkeypatch):
-    """A plan for a GPU ends with one line on a machine without, before anything is recorded."""
+    """A plan for a GPU ends with one line on a machine without, before anything is made."""
     if lib.has_gpu():
         pytest.skip("there is a GPU")
     path = tmp_path / "plan.toml"
@@ -252,8 +259,7 @@ def test_a_gpu_that_is_demanded_and_missing_stops_the_campaign(tmp_path, monkeyp
     path.write_text(text)
     result = run(path, "-o", tmp_path / "out", "--models", tmp_path / "models", code=2)
     assert "llama.cpp sees no GPU" in result.stderr
-    assert not list((tmp_path / "out").glob("*.duckdb"))
-    assert not list((tmp_path / "models").iterdir())
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_carried_scripts_are_sound(tmp_path):

@@ -58,6 +58,27 @@ def test_file_that_exists_is_refused(models, settings, tmp_path):
     assert path.read_text() == "precious"
 
 
+def test_force_replaces_a_trace_only_when_there_is_something_to_replace_it(models, settings, tmp_path, monkeypatch):
+    """The old trace stays where nothing is served, or the new one cannot be made; it goes with the first rows."""
+    path = tmp_path / "t.duckdb"
+    with Engine(models["plain"], settings=settings, trace=path) as engine:
+        engine.generate("import", max_tokens=8)
+    old = path.read_bytes()
+    forced = {"settings": settings, "trace": path, "force": True}
+    with Engine(models["plain"], **forced) as engine, pytest.raises(TracekitError, match="the prompt is empty"):
+        record(engine, [Request("import", max_tokens=8, prompt_id="a"), Request("", prompt_id="b")], baseline=False)
+    assert (list(tmp_path.iterdir()), path.read_bytes()) == ([path], old)
+    with monkeypatch.context() as full:
+        full.setattr("tracekit.engine.recorder.Journal", lambda trace: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(TracekitError, match="cannot be written .disk full"):
+            Engine(models["plain"], **forced)
+    assert (list(tmp_path.iterdir()), path.read_bytes()) == ([path], old)
+    with Engine(models["plain"], **forced) as engine:
+        engine.generate("class", max_tokens=9)
+    assert list(tmp_path.iterdir()) == [path]
+    assert open_trace(path).frame("SELECT n_generated FROM request_ends")["n_generated"].to_list() == [9]
+
+
 def test_every_number_of_a_completion_is_in_the_trace(models, settings, tmp_path):
     """Requests, verifications and steps add up to what the engine returned."""
     path = tmp_path / "t.duckdb"

@@ -236,3 +236,13 @@ def test_policy_that_raises_is_named(two, tmp_path):
     with pytest.raises(TracekitError, match=r"mine\.py, line \d+: ZeroDivisionError"):
         two.generate([1, 2, 3], max_tokens=8, policy=path)
     assert len(two.generate("def f(x):\n", max_tokens=4).tokens) == 4
+
+
+@pytest.mark.parametrize("decision", ["None", "params.n_max", "(params.n_max, None)", "(params.n_max, 0.5, 1)"])
+def test_policy_that_decides_nothing_is_named(two, tmp_path, decision):
+    """What decide must not return is one line that says what it should have been; the engine goes on."""
+    path = tmp_path / "mine.py"
+    path.write_text(rule("static").source.replace("return params.n_max, params.p_min", f"return {decision}"))
+    with pytest.raises(TracekitError, match=r"mine\.py: decide returned .*, which is no \(n_draft, p_min\)"):
+        two.generate([1, 2, 3], max_tokens=8, policy=path)
+    assert len(two.generate("def f(x):\n", max_tokens=4).tokens) == 4

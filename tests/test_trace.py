@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tracekit.engine.recorder import free_path
 from tracekit.errors import TracekitError
 from tracekit.trace import rows, schema
+from tracekit.trace.files import Replaced, free_path
 from tracekit.trace.fold import batches, fold, storable
 from tracekit.trace.journal import LAYOUT, Journal, entries, journal_of
 from tracekit.trace.pending import Pending
@@ -266,7 +266,6 @@ def test_file_that_exists_is_never_overwritten(tmp_path):
     TraceWriter.create(path).close()
     with pytest.raises(TracekitError, match="--force"):
         TraceWriter.create(path)
-    TraceWriter.create(path, force=True).close()
 
 
 @pytest.mark.parametrize("ending", ["", ".wal", ".journal"])
@@ -283,10 +282,17 @@ def test_what_a_recording_left_is_never_overwritten(tmp_path, ending):
 def test_folder_in_the_way_is_one_clear_line(tmp_path):
     """A folder where the trace should be is not deleted, with force neither, and says so."""
     (tmp_path / "t.duckdb").mkdir()
-    with pytest.raises(TracekitError, match="cannot be written") as error:
-        TraceWriter.create(tmp_path / "t.duckdb", force=True)
-    assert "\n" not in str(error.value)
+    with pytest.raises(TracekitError, match="a folder; choose another name"):
+        Replaced(tmp_path / "t.duckdb")
     assert (tmp_path / "t.duckdb").is_dir()
+
+
+def test_a_trace_that_cannot_be_made_leaves_nothing(tmp_path, monkeypatch):
+    """Where the tables do not fit on the disk, no file without tables stays behind."""
+    monkeypatch.setattr(schema, "VIEWS", "no SQL")
+    with pytest.raises(TracekitError, match="cannot be written"):
+        TraceWriter.create(tmp_path / "t.duckdb")
+    assert list(tmp_path.iterdir()) == []
 
 
 def _file(tmp_path, kind):
@@ -359,7 +365,21 @@ def test_force_does_not_touch_what_another_process_records(tmp_path):
     TraceWriter.create(path).close()
     journal_of(path).write_bytes(b"rows")
     with _holding(path) as writer, pytest.raises(TracekitError, match=f"being written by process {writer.pid}"):
-        TraceWriter.create(path, force=True)
+        Replaced(path)
     assert {p.name for p in tmp_path.iterdir()} >= {"t.duckdb", "t.duckdb.journal"}
-    TraceWriter.create(path, force=True).close()
-    assert list(tmp_path.iterdir()) == [path]
+    Replaced(path).remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_replaced_can_be_opened_and_put_back(tmp_path):
+    """Meanwhile it is a trace of another name, that of nothing else; put back, it is what it was."""
+    path, taken = tmp_path / "t.duckdb", tmp_path / "t-replaced.duckdb"
+    TraceWriter.create(path).close()
+    journal_of(path).write_bytes(b"rows")
+    taken.write_bytes(b"")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    replaced = Replaced(path)
+    names = {"t-replaced.duckdb", "t-replaced-2.duckdb", "t-replaced-2.duckdb.journal"}
+    assert {p.name for p in tmp_path.iterdir()} == names
+    replaced.put_back()
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

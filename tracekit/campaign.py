@@ -134,12 +134,32 @@ class Campaign:
     minutes: float = 0
     started_s: float = 0.0
 
+    def open(self, text: str, force: bool = False) -> None:
+        """Make the folders ready for the plan with this text: new, emptied with ``force``, or as the same plan left
+        them. Raises :class:`TracekitError` for a folder of something else, and where the GPU that is needed is missing.
+        """
+        folder, path = self.folder, self.folder / "plan.toml"
+        used = folder.exists() and any(folder.iterdir())
+        if used and not force and not (path.is_file() and path.read_text("utf-8") == text):
+            raise TracekitError(
+                f"{folder}: not of a campaign with this plan; choose another folder with -o, or give --force"
+            )
+        if self.plan.require_gpu:
+            demand_gpu(surroundings())  # before anything is deleted, or gigabytes are written
+        if used and force:
+            for trace in {old.name.partition(".duckdb")[0] for old in folder.glob("*.duckdb*")}:
+                remove(folder, trace)
+            for old in folder.iterdir():
+                if old.suffix in KEPT:
+                    old.unlink()
+        for made in (folder, self.models):
+            made.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, "utf-8")
+
     def run(self) -> list[Finding]:
         """Every stage that is missing, the most telling first. Raises :class:`Pause` before one that would begin after
         the time given.
         """
-        if self.plan.require_gpu:
-            demand_gpu(surroundings())  # before gigabytes are written
         findings = []
         for size in self.plan.sizes:
             aligned, sidecar = self._build(size)
@@ -238,27 +258,6 @@ class Campaign:
         if path.stat().st_size > MOST_BYTES:
             size = path.stat().st_size / 1e6
             self.tell.say(f"warning: {path} has {size:.0f} MB; fewer prompts or tokens make it less")
-
-
-def open_campaign(folder: Path, text: str, force: bool) -> None:
-    """Make ``folder`` ready for the plan with this text: new, emptied with ``force``, or as the same plan left it.
-
-    Raises :class:`TracekitError` for a folder of something else.
-    """
-    path = folder / "plan.toml"
-    if folder.exists() and any(folder.iterdir()):
-        if force:
-            for trace in {old.name.partition(".duckdb")[0] for old in folder.glob("*.duckdb*")}:
-                remove(folder, trace)
-            for old in folder.iterdir():
-                if old.suffix in KEPT:
-                    old.unlink()
-        elif not path.is_file() or path.read_text("utf-8") != text:
-            raise TracekitError(
-                f"{folder}: not of a campaign with this plan; choose another folder with -o, or give --force"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, "utf-8")
 
 
 def _led_up_to(engine: Engine, request: Request, n_ctx: int, others: list[Request]) -> Request:

@@ -15,7 +15,6 @@ from typing import Any
 
 from tracekit.engine import Engine, Probe, Request, Settings
 from tracekit.engine.record import as_requests, record
-from tracekit.engine.recorder import free_path
 from tracekit.model.prompt_sets import Prompt, load
 from tracekit.policy import file
 from tracekit.policy.file import PolicyFile
@@ -144,7 +143,7 @@ def complete(trace: Path) -> bool:
     """
     if trace.exists() and open_trace(trace).runs["wall_us"].is_not_null().all():
         return True
-    kept = free_path(trace.with_stem(f"{trace.stem}-cut-off"))
+    kept = files.free_path(trace.with_stem(f"{trace.stem}-cut-off"))
     for ending in ENDINGS:
         old = trace.with_suffix(f".{ending}")
         if old.exists():

@@ -33,20 +33,19 @@ def campaign(
     """Build models of production-like sizes here, calibrate, record, tune and verify them; leaves one small folder."""
     import time
 
-    from tracekit.campaign import Campaign, Pause, open_campaign, read_plan
+    from tracekit.campaign import Campaign, Pause, read_plan
     from tracekit.errors import TracekitError
     from tracekit.folders import cache_folder
 
     wanted, text = read_plan(plan)
-    if minutes < 0:
+    if not minutes >= 0:
         raise TracekitError(f"--minutes {minutes:g}: 0 or more")
     place = models or cache_folder("models")
+    under_way = Campaign(wanted, output, place, out.teller(), gpu_layers, threads, minutes, time.monotonic())
     try:
-        open_campaign(output, text, force)
-        place.mkdir(parents=True, exist_ok=True)
+        under_way.open(text, force)
     except OSError as error:
         raise TracekitError(f"{error.filename}: {error.strerror}; choose other folders with -o and --models") from None
-    under_way = Campaign(wanted, output, place, out.teller(), gpu_layers, threads, minutes, time.monotonic())
     try:
         findings = under_way.run()
     except Pause:

@@ -158,8 +158,7 @@ class Loop:
         up chunk by chunk as it is read, and not in one go when other slots are generating."""
         asked = 1
         if not self.probe:
-            policy, now = slot.policy, Now(1, slot.n_prompt, slot.max_tokens - 1, 1)
-            asked = policy.rule.decide(policy.params, slot.state, now)[0]
+            asked, _ = slot.policy.decide(slot.state, Now(1, slot.n_prompt, slot.max_tokens - 1, 1))
         slot.drafts_first, slot.over = asked > 0, asked == NEVER
 
     def _extract(self, slots: list[Slot]) -> None:
@@ -200,7 +199,7 @@ class Loop:
                 slot.state = self.shared[policy]
             generated = len(slot.tokens) - slot.n_prompt
             slot.now = Now(generated, slot.n_past, slot.max_tokens - generated, n_active)
-            asked, p_min = policy.rule.decide(policy.params, slot.state, slot.now)
+            asked, p_min = policy.decide(slot.state, slot.now)
             if asked == NEVER:
                 slot.over, asked = True, 0
             if not isinstance(asked, int) or not 0 <= asked <= self.settings.n_max:

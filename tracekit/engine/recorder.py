@@ -20,9 +20,9 @@ import duckdb
 
 from tracekit.engine.gpu import GpuSensors
 from tracekit.errors import TracekitError
-from tracekit.trace.files import first_line
+from tracekit.trace.files import Replaced, first_line, free_path
 from tracekit.trace.fold import fold, storable
-from tracekit.trace.journal import Journal, files_of
+from tracekit.trace.journal import Journal
 from tracekit.trace.pending import Pending
 from tracekit.trace.rows import GpuReading, RunEnd
 from tracekit.trace.writer import Taken, TraceWriter
@@ -33,8 +33,9 @@ log = logging.getLogger("tracekit.engine")
 class Recorder:
     """Writes one run into a new trace file; an :class:`~tracekit.engine.loop.Observer`.
 
-    Raises :class:`~tracekit.errors.TracekitError` where the file exists and ``force`` is false. ``interval_s``:
-    seconds between entries in the journal. ``sensors(run, t_us)`` is asked before each what the GPUs are doing.
+    Raises :class:`~tracekit.errors.TracekitError` where the file exists and ``force`` is false; with it, what was there
+    goes when the first rows are written, and comes back where there are none. ``interval_s``: seconds between entries
+    in the journal. ``sensors(run, t_us)`` is asked before each what the GPUs are doing.
     ``journal_bytes``: the journal's size at which it is folded into the trace.
     """
 
@@ -51,10 +52,10 @@ class Recorder:
         self.run = run["run"]
         self.path = Path(path)
         self.failed, self.cut_off = "", False
-        self._writer = TraceWriter.create(path, force)
+        self._journal_bytes = journal_bytes
         try:
-            self._writer.append_run(run)
-            self._journal, self._journal_bytes = Journal(self.path), journal_bytes
+            self._replaced = Replaced(self.path) if force else None
+            self._writer, self._journal = self._begin(run)
         except (duckdb.Error, OSError) as error:
             raise TracekitError(f"{path}: cannot be written ({first_line(error)})") from None
         self._interval_s = interval_s
@@ -66,6 +67,19 @@ class Recorder:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._write_until_stopped, name="tracekit-recorder", daemon=True)
         self._thread.start()
+
+    def _begin(self, run: Mapping[str, Any]) -> tuple[TraceWriter, Journal]:
+        writer = None
+        try:
+            writer = TraceWriter.create(self.path)
+            writer.append_run(run)
+            return writer, Journal(self.path)
+        except BaseException:
+            if writer is not None:
+                writer.discard()
+            if self._replaced is not None:
+                self._replaced.put_back()
+            raise
 
     def _write_until_stopped(self) -> None:
         while not self._stop.wait(self._interval_s):
@@ -82,6 +96,9 @@ class Recorder:
             self._left_out = True
             log.error("recording into %s leaves out what no trace can hold (%s)", self.path, unfit[0])
         self._journal.append(entry)
+        if self._replaced is not None:
+            self._replaced.remove()
+            self._replaced = None
         if self._journal.n_bytes > self._journal_bytes:
             self._fold()
         self._writer_ns += time.thread_time_ns() - began
@@ -131,9 +148,10 @@ class Recorder:
                 self._writer.close()
 
     def _discard(self) -> None:
-        self._writer.close()
-        self._journal.remove()
-        self.path.unlink(missing_ok=True)
+        self._journal.close()
+        self._writer.discard()
+        if self._replaced is not None:
+            self._replaced.put_back()
 
     def demand(self) -> None:
         """Raise :class:`TracekitError` where recording has failed: for those who record to have the trace."""
@@ -157,12 +175,3 @@ def record_beside(wanted: str | Path, run: Mapping[str, Any]) -> Recorder | None
         except TracekitError as error:
             log.error("%s; nothing is recorded", error)
             return None
-
-
-def free_path(wanted: str | Path) -> Path:
-    """``wanted``, or the first of ``wanted-2``, ``wanted-3`` ... that does not exist."""
-    path, n = Path(wanted), 1
-    while any(file.exists() for file in files_of(path)):
-        n += 1
-        path = Path(wanted).with_stem(f"{Path(wanted).stem}-{n}")
-    return path

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any, get_type_hints
 
 from tracekit.errors import TracekitError
-from tracekit.policy.interface import SCOPES, Scope
+from tracekit.policy.interface import SCOPES, Now, Scope
 
 SHIPPED = Path(__file__).parent / "shipped"
 REQUIRED = ("Params", "State", "begin", "decide", "learn")
@@ -88,6 +88,17 @@ class Policy:
         head = str(self.rule.path) if self.rule.path.parent != SHIPPED else self.rule.name
         changed = {k: v for k, v in self.params._asdict().items() if v != self.rule.defaults[k]}
         return head + (":" + ",".join(f"{k}={_text(v)}" for k, v in changed.items()) if changed else "")
+
+    def decide(self, state: Any, now: Now) -> tuple[int, float]:
+        """The rule's decision under these parameters. Raises :class:`TracekitError` where it is none."""
+        decision = self.rule.decide(self.params, state, now)
+        try:
+            asked, p_min = decision
+            if isinstance(p_min, int | float):
+                return asked, p_min
+        except (TypeError, ValueError):
+            pass
+        raise TracekitError(f"policy {self}: decide returned {decision!r}, which is no (n_draft, p_min)")
 
     def row(self) -> list[float]:
         """The parameters as numbers, in the order of ``Params``: what the compiled simulator takes."""

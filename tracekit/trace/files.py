@@ -30,12 +30,10 @@ def held_by(error: duckdb.Error) -> str:
     return ""
 
 
-def remove(trace: Path) -> None:
-    """Delete ``trace`` and what its recording has left beside it, where there is anything.
-
-    Raises :class:`TracekitError` for one that is being recorded or for another kind of file, ``OSError`` where it
-    cannot be deleted.
-    """
+def check_replaceable(trace: Path) -> None:
+    """Raise :class:`TracekitError` where ``trace`` is being recorded, or is another kind of file or a folder."""
+    if trace.is_dir():
+        raise TracekitError(f"{trace}: a folder; choose another name")
     if trace.is_file():
         with trace.open("rb") as file:
             if (head := file.read(12)) and head[8:] != b"DUCK":
@@ -45,5 +43,49 @@ def remove(trace: Path) -> None:
         except duckdb.Error as error:
             if held := held_by(error):
                 raise TracekitError(f"{trace}: {held}") from None
+
+
+def remove(trace: Path) -> None:
+    """Delete ``trace`` and what its recording has left beside it, where there is anything.
+
+    Raises as :func:`check_replaceable` does, and ``OSError`` where it cannot be deleted.
+    """
+    check_replaceable(trace)
     for file in files_of(trace):
         file.unlink(missing_ok=True)
+
+
+def free_path(wanted: str | Path) -> Path:
+    """``wanted``, or the first of ``wanted-2``, ``wanted-3`` ... that does not exist."""
+    path, n = Path(wanted), 1
+    while any(file.exists() for file in files_of(path)):
+        n += 1
+        path = Path(wanted).with_stem(f"{Path(wanted).stem}-{n}")
+    return path
+
+
+class Replaced:
+    """What was at ``trace`` (nothing, maybe), as ``NAME-replaced`` beside it until the recording that takes its place
+    holds something. Raises as :func:`check_replaceable` does, and ``OSError``.
+    """
+
+    def __init__(self, trace: Path):
+        self._trace = trace
+        self._kept = free_path(trace.with_stem(f"{trace.stem}-replaced"))
+        check_replaceable(trace)
+        self._move(trace, self._kept)
+
+    def put_back(self) -> None:
+        """Undo it: the place must be free."""
+        self._move(self._kept, self._trace)
+
+    def remove(self) -> None:
+        """Delete it."""
+        for file in files_of(self._kept):
+            file.unlink(missing_ok=True)
+
+    @staticmethod
+    def _move(trace: Path, to: Path) -> None:
+        for old, new in zip(files_of(trace), files_of(to), strict=True):
+            if old.exists():
+                old.rename(new)

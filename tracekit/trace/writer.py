@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from tracekit.errors import TracekitError
 from tracekit.trace import schema
-from tracekit.trace.files import first_line, held_by, remove
+from tracekit.trace.files import first_line, held_by
 from tracekit.trace.journal import files_of
 
 _ARROW = {
@@ -63,20 +63,21 @@ class TraceWriter:
         self._con.execute("PRAGMA disable_optimizer")  # a plain insert has nothing to optimise
 
     @classmethod
-    def create(cls, path: str | Path, force: bool = False) -> TraceWriter:
-        """A new trace. Raises :class:`TracekitError` where ``path`` cannot be written, is being recorded, or exists,
-        without ``force``: what another recording left beside it counts too.
+    def create(cls, path: str | Path) -> TraceWriter:
+        """A new trace. Raises :class:`Taken` where ``path`` exists or is being recorded (what another recording left
+        beside it counts too), :class:`TracekitError` where it cannot be written.
         """
         path = Path(path)
         there = [file for file in files_of(path) if file.exists()]
-        if there and not force:
+        if there:
             raise Taken(f"{there[0]}: exists; nothing recorded is overwritten without --force")
+        writer = None
         try:
-            if there:
-                remove(path)
             writer = cls(path)
             writer._con.execute(schema.TABLES + schema.VIEWS)
         except (duckdb.Error, OSError) as error:
+            if writer is not None:
+                writer.discard()
             if held := held_by(error):  # of two that come at once, one is first
                 raise Taken(f"{path}: {held}") from None
             raise TracekitError(f"{path}: cannot be written ({first_line(error)})") from None
@@ -115,3 +116,10 @@ class TraceWriter:
     def close(self) -> None:
         """Write the log back into the file and let go of it."""
         self._con.close()
+
+    def discard(self) -> None:
+        """Close it and delete it: nothing came of it. Raises ``OSError``."""
+        with contextlib.suppress(duckdb.Error):  # what cannot be written back need not be
+            self.close()
+        for file in files_of(self.path):
+            file.unlink(missing_ok=True)

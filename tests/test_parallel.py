@@ -16,7 +16,6 @@ import tracekit
 from tracekit.engine import Engine, Probe
 from tracekit.engine.record import record
 from tracekit.errors import TracekitError
-from tracekit.policy.rule import rule
 from tracekit.policy.spec import parse, parse_one
 from tracekit.replay import kernel, link, lockstep, lockstep_costs, simulate
 from tracekit.replay.arrays import positions
@@ -110,9 +109,6 @@ def test_steps_equal_the_live_engines(several, models, tmp_path):
     that ends with its first token.
     """
     chosen, path = several
-    by_slots = tmp_path / "by_slots.py"  # drafts less the more slots generate
-    by_slots.write_text(rule("static").source.replace("return params.n_max,", "return params.n_max // now.n_active,"))
-    assert "now.n_active" in by_slots.read_text()
     trace = open_trace(path)
     wanted = requests(per_category=2)
     p = positions(trace, shortest=1).queued([r.prompt_id for r in wanted])
@@ -121,7 +117,7 @@ def test_steps_equal_the_live_engines(several, models, tmp_path):
     p.n_generated[2] = p.max_tokens[2] = 1
     serving = Serving.of(trace)
     assert serving == Serving(N_SLOTS, 64, 64, chosen.kv_unified)
-    for i, text in enumerate((*POLICIES, f"{by_slots}:n_max=6")):
+    for i, text in enumerate((*POLICIES, "by_slots:n_max=6,max_slots=1,n_crowded=2")):
         policy = parse_one(text)
         live = tmp_path / f"live-{i}.duckdb"
         with Engine(models["plain"], policy, chosen, trace=live) as engine:

@@ -17,6 +17,7 @@ from tracekit.policy.spec import parse, parse_one
 from tracekit.replay import link
 from tracekit.replay.simulate import counts, rounds
 from tracekit.testing import check_policy, random_positions
+from tracekit.tune.space import default_space
 
 OWN = '''
 """Back off by one after a miss, go up by one after a full accept."""
@@ -211,6 +212,22 @@ def test_min_drafts_collects_evidence_first():
     policy = rule("fallback")(n_max=4, min_drafts=8, min_ratio=0.5, zero_trip=False)
     assert asked(policy, (4, 1), (4, 2)) == [4, 4, NEVER]
     assert asked(policy, (4, 1), (4, 3)) == [4, 4, 4]
+
+
+def test_by_slots_drafts_less_in_a_crowd():
+    """Few slots draft n_max, more n_crowded, which is never more than n_max."""
+    policy = rule("by_slots")(n_max=4, max_slots=2, n_crowded=1)
+    state, decide = policy.rule.begin(policy.params), policy.decide
+    assert [decide(state, Now(1, 10, 99, n))[0] for n in (1, 2, 3, 16)] == [4, 4, 1, 1]
+    assert rule("by_slots")(n_max=2, n_crowded=8).decide(state, Now(1, 10, 99, 2))[0] == 2
+
+
+def test_default_space_holds_only_what_matters_over_so_many_slots():
+    """max_slots is searched below the number of slots; with one slot by_slots would be static again."""
+    assert "by_slots" not in default_space()
+    assert default_space(4)["by_slots"]["max_slots"] == "1,2"
+    assert default_space(16)["by_slots"] == rule("by_slots").space
+    assert {r.name for r in shipped()} - set(default_space(2)) == {"off"}
 
 
 def test_sweeps_expand_lists_and_ranges():

@@ -101,7 +101,9 @@ def conduct(study: Study, tell: Teller, may_go_on: Callable[[], None] = lambda: 
         may_go_on()
         tell.say(f"[{study.name}] tuning on the trace")
         with tell.progress("policies") as update:
-            tune(League.of(open_trace(trace)), default_space(), seed=work.seed, progress=update).save(policy)
+            league = League.of(open_trace(trace))
+            space = default_space(league.serving.n_slots)
+            tune(league, space, seed=work.seed, progress=update).save(policy)
     tuned = file.read(policy)
     tell.say(f"[{study.name}] {tuned.evidence.advice}")
     if not result.exists():

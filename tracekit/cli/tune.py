@@ -41,9 +41,9 @@ def tune(
 
     if output is not None:
         _check(output, force, (trace, cost, space))
-    wanted = read_space(space) if space else default_space()
-    source = open_trace(trace)
-    league = League.of(source, open_trace(cost) if cost else None, parallel)
+    wanted = read_space(space) if space else None
+    league = League.of(open_trace(trace), open_trace(cost) if cost else None, parallel)
+    wanted = wanted or default_space(league.serving.n_slots)
     with out.progress("policies") as update:
         found = search(league, wanted, max_slowdown, folds, seed, update)
     if output is not None:

@@ -14,9 +14,19 @@ from tracekit.policy.rule import Policy, Rule, rule, shipped
 from tracekit.policy.spec import MOST, expand, sweep
 
 
-def default_space() -> dict[str, dict[str, str]]:
-    """The search space of every shipped policy that has one, by policy name."""
-    return {r.name: dict(r.space) for r in shipped() if r.space}
+def default_space(n_slots: int = 1) -> dict[str, dict[str, str]]:
+    """The search space of every shipped policy that has one, by policy name, for serving over ``n_slots``: without
+    values of ``max_slots`` that can never be exceeded there, and without a policy that has no others.
+    """
+    found = {}
+    for each in shipped():
+        space = dict(each.space)
+        if "max_slots" in space:
+            fit = [v for v in expand(each.name, "max_slots", space["max_slots"]) if int(v) < n_slots]
+            space = space | {"max_slots": ",".join(fit)} if fit else {}
+        if space:
+            found[each.name] = space
+    return found
 
 
 def read_space(path: str | Path) -> dict[str, dict[str, str]]:

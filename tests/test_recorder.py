@@ -12,17 +12,20 @@ import textwrap
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from tracekit.engine import Engine, Probe, Request
 from tracekit.engine.provenance import run_facts
 from tracekit.engine.record import record
 from tracekit.engine.recorder import Recorder
+from tracekit.engine.sampling import Sampling
 from tracekit.errors import TracekitError
 from tracekit.policy.rule import SHIPPED
 from tracekit.policy.spec import parse_one
 from tracekit.report.stats import summarise
-from tracekit.trace.journal import journal_of
+from tracekit.report.tables import stats_tables
+from tracekit.trace.journal import Journal, journal_of
 from tracekit.trace.store import open_trace
 
 
@@ -58,6 +61,10 @@ def test_file_that_exists_is_refused(models, settings, tmp_path):
     assert path.read_text() == "precious"
 
 
+def _full(*_):
+    raise OSError("disk full")
+
+
 def test_force_replaces_a_trace_only_when_there_is_something_to_replace_it(models, settings, tmp_path, monkeypatch):
     """The old trace stays where nothing is served, or the new one cannot be made; it goes with the first rows."""
     path = tmp_path / "t.duckdb"
@@ -69,14 +76,38 @@ def test_force_replaces_a_trace_only_when_there_is_something_to_replace_it(model
         record(engine, [Request("import", max_tokens=8, prompt_id="a"), Request("", prompt_id="b")], baseline=False)
     assert (list(tmp_path.iterdir()), path.read_bytes()) == ([path], old)
     with monkeypatch.context() as full:
-        full.setattr("tracekit.engine.recorder.Journal", lambda trace: (_ for _ in ()).throw(OSError("disk full")))
+        full.setattr(Journal, "__init__", _full)
         with pytest.raises(TracekitError, match="cannot be written .disk full"):
             Engine(models["plain"], **forced)
     assert (list(tmp_path.iterdir()), path.read_bytes()) == ([path], old)
+    with monkeypatch.context() as full:
+        full.setattr(Journal, "append", _full)
+        with Engine(models["plain"], **forced) as engine:
+            engine.generate("class", max_tokens=9)
+    assert (engine.recorder, list(tmp_path.iterdir()), path.read_bytes()) == (None, [path], old)
     with Engine(models["plain"], **forced) as engine:
         engine.generate("class", max_tokens=9)
     assert list(tmp_path.iterdir()) == [path]
     assert open_trace(path).frame("SELECT n_generated FROM request_ends")["n_generated"].to_list() == [9]
+
+
+def test_what_a_request_brought_of_its_own_is_in_the_trace(models, settings, tmp_path):
+    """Requests of several policies and samplings beside each other: the trace tells which was which, and stats do."""
+    path = tmp_path / "t.duckdb"
+    with Engine(models["plain"], parse_one("static:n_max=2"), settings, trace=path) as engine:
+        engine.generate("import", max_tokens=8)
+        engine.generate("import", max_tokens=8, policy="fallback:n_max=4", sampling=Sampling(0.8, 20, 0.9, 0.1, 7))
+        engine.set_arm(mtp=False)
+        engine.generate("import", max_tokens=8)
+    trace = open_trace(path)
+    found = trace.frame("SELECT policy, temp, top_k, top_p, min_p, seed, arm FROM requests ORDER BY request").rows()
+    greedy = 0.0, 40, *map(np.float32, (0.95, 0.05)), 0
+    assert found[0] == ("static:n_max=2", *greedy, "live")
+    assert found[1] == ("fallback:n_max=4", np.float32(0.8), 20, *map(np.float32, (0.9, 0.1)), 7, "live")
+    assert found[2] == ("off", *greedy, "no_mtp")
+    summary = summarise(trace)
+    assert summary.requests["policy"].to_list() == ["fallback:n_max=4", "static:n_max=2", None]
+    assert [c.header for c in stats_tables(summary)[1].columns][:3] == ["arm", "policy", "category"]
 
 
 def test_every_number_of_a_completion_is_in_the_trace(models, settings, tmp_path):

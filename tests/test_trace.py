@@ -139,7 +139,7 @@ def test_what_no_table_can_hold_is_left_out_and_nothing_else(tmp_path, caplog, m
 def test_rows_that_cannot_be_stored_are_left_out_one_by_one():
     """A request with a number too large, a step of an hour: the rows beside them stay; names that are no text fit."""
     pending = Pending(run=3)
-    good = rows.RequestRow(3, 0, 7, None, "live", 0, 1, np.int64(9), 64, 0.5, 1)
+    good = rows.RequestRow(3, 0, 7, None, "live", 0, 1, np.int64(9), 64, 0.5, 1, 40, 0.5, 0.25, "off")
     pending.began(good)
     pending.began(good._replace(request=1, max_tokens=1 << 40))
     moments = rows.Moments(**dict.fromkeys(rows.Moments._fields, 0))
@@ -147,7 +147,7 @@ def test_rows_that_cannot_be_stored_are_left_out_one_by_one():
         pending.stepped(moments._replace(step=step, learned_ns=learned))
     pending.verified(_ROW[1:-4], *_ROW[-4:])
     entry, why = storable(pending.take())
-    assert entry.requests == [(3, 0, "7", "None", "live", 0, 1, 9, 64, 0.5, 1)]
+    assert entry.requests == [(3, 0, "7", "None", "live", 0, 1, 9, 64, 0.5, 1, 40, 0.5, 0.25, "off")]
     assert batches([entry])["steps"]["step"].to_pylist() == [0, 2]
     assert (entry.n_verifications, len(why)) == (1, 2)
 

@@ -169,19 +169,23 @@ class Loop:
             self.target.extract_hidden(wanted)
 
     def _request_row(self, slot: Slot) -> RequestRow:
-        request = slot.request
+        request, sampling, probing = slot.request, slot.request.sampling, self.probe is not None
         return RequestRow(
             run=self.observer.run,
             request=slot.number,
             prompt_id=request.prompt_id,
             category=request.category,
-            arm=(self.probe.arm if self.probe else request.arm) if self.mtp else "no_mtp",
+            arm=(self.probe.arm if probing else request.arm) if self.mtp else "no_mtp",
             slot=slot.index,
             n_prompt=slot.n_prompt,
             max_tokens=slot.max_tokens,
             n_ctx=slot.n_ctx,
-            temp=request.sampling.temp,
-            seed=request.sampling.seed,
+            temp=sampling.temp,
+            seed=sampling.seed,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            policy=("" if probing else slot.policy.label) if self.mtp else "off",
         )
 
     def _state(self, policy: Policy) -> object:

@@ -89,13 +89,14 @@ class Recorder:
         """Write what has come in."""
         if not self._pending:
             return
-        began, self._nothing = time.thread_time_ns(), False
+        began = time.thread_time_ns()
         entry = self._pending.take()
         entry, unfit = storable(entry._replace(gpu_readings=self._sensors(self.run, self._pending.wall_us)))
         if unfit and not self._left_out:
             self._left_out = True
             log.error("recording into %s leaves out what no trace can hold (%s)", self.path, unfit[0])
         self._journal.append(entry)
+        self._nothing = False
         if self._replaced is not None:
             self._replaced.remove()
             self._replaced = None
@@ -125,16 +126,18 @@ class Recorder:
         """Write the rest and close the file; the counts are a probe's (see the table ``run_ends``). A run that was
         ``cut_off`` has no end.
 
-        A recording in which nothing ever happened leaves no file behind. One that has failed leaves its journal, to be
-        folded when the trace is opened. In a forked process nothing happens: the file is its parent's.
+        A recording in which nothing ever happened leaves no file behind, and one that should replace a trace and could
+        write nothing leaves that. Another that failed leaves its journal, to be folded when the trace is opened. In a
+        forked process nothing happens: the file is its parent's.
         """
         if os.getpid() != self._process:
             return
         self._stop.set()
         self._thread.join()
         self._attempt(self._flush)
-        if self._nothing:
-            self._attempt(self._discard)
+        if self._nothing and (self._replaced is not None or not self.failed):
+            with contextlib.suppress(OSError):
+                self._discard()
             return
         self._attempt(self._fold)  # after the run, and no part of what recording it took
         spent = self._pending.wall_us, self._pending.record_us, self._writer_ns // 1000

@@ -132,13 +132,15 @@ def ratio_interval(part: np.ndarray, whole: np.ndarray, n_boot: int = 500) -> tu
 
 
 def _by_category(trace: TraceFile) -> pl.DataFrame:
+    """What was drafted and accepted, by arm and category; live also by the policy that decided, where it is known."""
+    policy = "CASE arm WHEN 'live' THEN policy END" if trace.has("summary", "policy") else "NULL::VARCHAR"
     return trace.frame(
-        """SELECT arm, category, count(*)::INT AS requests, sum(n_generated)::INT AS tokens,
+        f"""SELECT arm, {policy} AS policy, category, count(*)::INT AS requests, sum(n_generated)::INT AS tokens,
                   sum(verifications)::INT AS verifications,
                   sum(drafted)::INT AS drafted, sum(accepted)::INT AS accepted,
                   1 + sum(accepted) / nullif(sum(verifications), 0) AS tau,
                   sum(amplification * (n_generated - 1)) / nullif(sum(n_generated - 1), 0) AS amplification
-           FROM summary GROUP BY ALL ORDER BY arm, category"""
+           FROM summary GROUP BY ALL ORDER BY arm, policy, category"""
     )
 
 

@@ -201,14 +201,16 @@ def categories_table(verdict: Verdict) -> Table:
 def stats_tables(summary: Summary) -> list[Table]:
     """The tables of ``tracekit stats``."""
     accept = [
-        [r["category"], str(r["position"]), f"{r['ratio']:.3f} ({r['low']:.3f} - {r['high']:.3f})", str(r["n"])]
-        for r in summary.acceptance.iter_rows(named=True)
+        [r["category"], str(r["position"]), interval(r, "ratio", 3), str(r["n"])]
+        for r in summary.acceptance.rename({"low": "ratio_low", "high": "ratio_high"}).iter_rows(named=True)
         if r["position"] in (1, 2, 3, 4, 6, 8, 12, 16)
     ]
+    by = ["arm", "policy", "category"]
+    if summary.requests["policy"].drop_nulls().n_unique() < 2:
+        by.remove("policy")
     requests = [
         [
-            r["arm"],
-            r["category"],
+            *(r[c] or "-" for c in by),
             *(str(r[c]) for c in ("requests", "tokens", "verifications", "drafted", "accepted")),
             _cell(r["tau"], 2),
             _cell(r["amplification"], 2),
@@ -231,9 +233,9 @@ def stats_tables(summary: Summary) -> list[Table]:
     return [
         table(["category", "draft", "right (95 %)", "n"], accept, title="Acceptance by position"),
         table(
-            ["arm", "category", "requests", "tokens", "verifications", "drafted", "accepted", "tau", "ampl."],
+            [*by, "requests", "tokens", "verifications", "drafted", "accepted", "tau", "ampl."],
             requests,
-            2,
+            len(by),
             "Requests (exact)",
         ),
         table(["arm", "steps", "seconds", *parts], time, title="Where time went (exact)"),

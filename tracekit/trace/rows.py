@@ -34,6 +34,10 @@ class RequestRow(NamedTuple):
     n_ctx: int
     temp: float
     seed: int
+    top_k: int
+    top_p: float
+    min_p: float
+    policy: str
 
 
 class RequestEnd(NamedTuple):

@@ -18,7 +18,7 @@ CREATE TABLE runs (                      -- one row per recording session: where
                                          -- what decodes cost, on random prompts: no acceptance to learn from
     started_at TIMESTAMPTZ NOT NULL,
     tracekit_version VARCHAR NOT NULL,
-    policy VARCHAR,                      -- live: the policy that decided, as on the command line
+    policy VARCHAR,                      -- live: the policy that decides for requests that bring none
     n_max SMALLINT NOT NULL,             -- probe: drafts at every position; otherwise: most that may be drafted
     model_path VARCHAR NOT NULL,
     model_sha256 VARCHAR NOT NULL,
@@ -58,6 +58,10 @@ CREATE TABLE requests (
     n_ctx INTEGER NOT NULL,              -- context of the slot, tokens
     temp REAL NOT NULL,                  -- 0: greedy
     seed BIGINT NOT NULL,
+    top_k INTEGER NOT NULL,              -- from here on: files of tracekit 0.2 lack these
+    top_p REAL NOT NULL,
+    min_p REAL NOT NULL,
+    policy VARCHAR NOT NULL,             -- that decided, as on the command line; probe: empty, none does
     PRIMARY KEY (run, request)
 );
 CREATE TABLE request_ends (
@@ -124,7 +128,7 @@ CREATE TABLE verifications (             -- one slot's share of one step
 
 VIEWS = """
 CREATE VIEW summary AS                   -- one row per request: what speculation did for it
-SELECT r.run, r.request, r.category, r.arm, r.prompt_id, r.n_prompt,
+SELECT r.run, r.request, r.category, r.arm, r.policy, r.prompt_id, r.n_prompt,
        sum(len(v.tokens)) AS n_generated,
        count(*) FILTER (v.n_drafted > 0) AS verifications,
        sum(v.n_drafted) AS drafted,

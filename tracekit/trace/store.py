@@ -43,6 +43,11 @@ class TraceFile:
         """Tables and views in the file."""
         return frozenset(self.frame("SELECT table_name FROM information_schema.tables")["table_name"])
 
+    def has(self, table: str, column: str) -> bool:
+        """Whether ``table`` or view has ``column``: files of an earlier tracekit may lack it."""
+        found = "SELECT 1 FROM information_schema.columns WHERE table_name = $table AND column_name = $column"
+        return not self.frame(found, table=table, column=column).is_empty()
+
     @property
     def trace_id(self) -> str:
         """Identity of what was recorded: the trace ids of all runs."""

@@ -71,7 +71,9 @@ class Context:
     it first.
 
     ``n_ctx`` is tokens per sequence; ``n_sampled``: most rows of one sequence in a batch whose tokens a backend sampler
-    (:meth:`set_sampler`) chooses. Raises :class:`TracekitError` where llama.cpp refuses the settings.
+    (:meth:`set_sampler`) chooses. ``n_snapshots``: tokens that a recurrent memory shall be able to go back; afterwards
+    what it can, 0 for memories that need none (attention) or keep none. Raises :class:`TracekitError` where llama.cpp
+    refuses the settings.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Context:
         kv_unified: bool = False,
         target: Context | None = None,
         n_sampled: int = 1,
+        n_snapshots: int = 0,
     ):
         params = llama.llama_context_default_params()
         params.n_ctx = -(-n_ctx // 256) * 256 * n_seq  # whole blocks, as llama.cpp allocates them
@@ -96,6 +99,7 @@ class Context:
         params.type_k, params.type_v, params.flash_attn_type = type_k, type_v, flash_attn
         params.kv_unified = kv_unified
         params.n_outputs_max_per_seq = n_sampled
+        params.n_rs_seq = n_snapshots
         params.no_perf = True
         if target is not None:
             params.ctx_type = llama.LLAMA_CONTEXT_TYPE_MTP
@@ -106,6 +110,7 @@ class Context:
                 f"{model.path}: no context of {n_seq} x {n_ctx} tokens ({lib.last_error('no reason given')})"
             )
         self._memory = ctypes.cast(llama.llama_get_memory(self.handle), ctypes.c_void_p)
+        self.n_snapshots = llama.llama_n_rs_seq(self.handle)
         self.n_ctx = n_ctx
         self.n_batch = n_batch
         self._n_embd, self.n_vocab = model.facts.n_embd, model.facts.n_vocab

@@ -10,6 +10,7 @@ from tracekit.engine.context import Batch, Context
 from tracekit.engine.model import Model
 from tracekit.engine.placement import Placement
 from tracekit.engine.provenance import machine
+from tracekit.engine.rollback import PartialRollback
 from tracekit.engine.settings import CACHE_TYPES, physical_cores
 from tracekit.errors import TracekitError
 
@@ -38,7 +39,8 @@ def demand_gpu(facts: dict[str, Any]) -> None:
 def examine(path: str | Path, gpu_layers: int = -1) -> dict[str, Any]:
     """Facts about the GGUF file ``path``, loaded with ``gpu_layers``, and a verdict.
 
-    ``memory``: ``partial``, or ``checkpoint`` where ``llama_memory_seq_rm`` fails. ``placement``: layers by device,
+    ``memory``: how it forgets rejected drafts: ``partial`` (``llama_memory_seq_rm``), ``snapshot`` (the same, of a
+    recurrent state), or ``checkpoint`` where that fails. ``placement``: layers by device,
     buffers by backend, and what flash attention ``auto`` comes to (:class:`tracekit.engine.placement.Placement`).
     """
     with lib.listening() as log:
@@ -54,7 +56,7 @@ def examine(path: str | Path, gpu_layers: int = -1) -> dict[str, Any]:
         works.append("no NextN layers: nothing to draft with; give a sidecar with --draft-model")
     elif facts.n_layer_nextn > 1:
         works.append(f"{facts.n_layer_nextn} chained NextN layers: not supported yet")
-    if memory != "partial":
+    if memory == "checkpoint":
         works.append("its memory cannot forget single tokens: not supported yet")
     if gpu_layers and not placement.on_gpu and lib.has_gpu():
         works.append("a GPU is there and does not hold all layers: more memory, or a smaller type, would help")
@@ -75,11 +77,13 @@ def examine(path: str | Path, gpu_layers: int = -1) -> dict[str, Any]:
 def _memory_kind(model: Model) -> str:
     """How the model's memory takes tokens back out, found by trying."""
     f16 = CACHE_TYPES["f16"]
-    context = Context(model, 1, 64, 32, 32, physical_cores(), f16, f16, -1)
+    context = Context(model, 1, 64, 32, 32, physical_cores(), f16, f16, -1, n_snapshots=2)
     try:
         batch = Batch(32)
         batch.extend([0, 0, 0, 0], 0, 0, True)
         context.decode(batch)
-        return "partial" if context.remove(0, 2) else "checkpoint"
+        if not context.remove(0, 2):
+            return "checkpoint"
+        return PartialRollback(context).kind
     finally:
         context.close()

@@ -89,7 +89,7 @@ class Engine:
                 raise TracekitError(f"a probe of {probe.n_max} drafts: the engine's n_max is {self.settings.n_max}")
             with lib.listening() as heard:
                 self.model = self._own(Model(model, self.settings.gpu_layers, mtp and draft_model is None))
-                self._target = self._own(self._context(self.model))
+                self._target = self._own(self._context(self.model, n_snapshots=self.settings.n_max if mtp else 0))
                 if mtp:
                     self._drafter = self._own(self._make_drafter(draft_model))
             self.placement = Placement.of(heard)
@@ -114,11 +114,13 @@ class Engine:
         self._parts.callback(part.close)
         return part
 
-    def _context(self, model: Model, target: Context | None = None) -> Context:
+    def _context(self, model: Model, target: Context | None = None, n_snapshots: int = 0) -> Context:
         s = self.settings
         kinds = CACHE_TYPES[s.cache_type_k], CACHE_TYPES[s.cache_type_v], FLASH_ATTN[s.flash_attn], s.kv_unified
         n_sampled = s.n_max + 1 if s.backend_sampling and target is None else 1
-        return Context(model, s.n_slots, s.n_ctx, s.n_batch, s.n_ubatch, s.threads, *kinds, target, n_sampled)
+        return Context(
+            model, s.n_slots, s.n_ctx, s.n_batch, s.n_ubatch, s.threads, *kinds, target, n_sampled, n_snapshots
+        )
 
     def _backend_sampling(self) -> BackendSampling | None:
         """The target's, where it is wanted and works; afterwards :attr:`settings` say what both really are."""

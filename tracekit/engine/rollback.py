@@ -9,7 +9,7 @@ from tracekit.errors import TracekitError
 
 
 class Rollback(Protocol):
-    """How a target forgets. Snapshots and checkpoints (recurrent and hybrid models) will plug in here."""
+    """How a target forgets. Checkpoints (recurrent memories that keep no snapshots) will plug in here."""
 
     kind: str
 
@@ -23,12 +23,13 @@ class Rollback(Protocol):
 
 
 class PartialRollback:
-    """``llama_memory_seq_rm`` of the rejected tail: attention memories, nothing is ever decoded again."""
-
-    kind = "partial"
+    """``llama_memory_seq_rm`` of the rejected tail: attention forgets its cells, a recurrent memory goes back to one of
+    the snapshots of its state that llama.cpp keeps for the last rows of a batch. Nothing is ever decoded again.
+    """
 
     def __init__(self, context: Context):
         self._context = context
+        self.kind = "snapshot" if context.n_snapshots else "partial"
 
     def before(self, seq: int, n_past: int) -> None:
         """Nothing to save."""
@@ -37,6 +38,6 @@ class PartialRollback:
         """See :meth:`Rollback.keep`. Raises :class:`TracekitError` where the memory refuses."""
         if rejected and not self._context.remove(seq, n_past):
             raise TracekitError(
-                "this model's memory cannot forget single tokens (recurrent or hybrid); run it with policy off"
+                "this model's memory cannot forget single tokens (recurrent, without snapshots); run it with policy off"
             )
         return 0

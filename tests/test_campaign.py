@@ -217,7 +217,7 @@ def facts_of(engine: Engine) -> dict:
     """The provenance row of ``engine``."""
     from tracekit.engine.provenance import run_facts
 
-    return run_facts(engine.model, None, engine.settings, engine.policy, None, engine.placement)
+    return run_facts(engine.model, None, engine.settings, engine.policy, None, engine.placement, "partial")
 
 
 @pytest.mark.parametrize("name", shipped_plans())

@@ -10,6 +10,7 @@ import pytest
 from tracekit.engine import Engine, Probe
 from tracekit.engine.doctor import examine
 from tracekit.engine.record import record
+from tracekit.errors import TracekitError
 from tracekit.policy.spec import parse_one
 from tracekit.replay.arrays import positions
 from tracekit.replay.serving import Serving
@@ -76,3 +77,11 @@ def test_replay_is_live(model, settings, plain, tmp_path):
             live = {c.request.prompt_id: c.rounds for c in engine.run([replace(r, policy=text) for r in wanted])}
             for prompt_id, rounds in zip(p.prompt_ids, Serving.of(trace).rounds(parse_one(text), p), strict=True):
                 assert live[prompt_id] == rounds, (text, prompt_id)
+    assert Serving.of(trace).memory == "snapshot"
+
+
+def test_batches_that_would_abort_llama_cpp_are_refused(model, settings):
+    """A batch that cannot hold the rows of a snapshot is one line, not the end of the process."""
+    for small in ({"n_ubatch": 8}, {"n_batch": 8}):
+        with pytest.raises(TracekitError, match=r"must be more than n_max \+ 1, 8"):
+            Engine(model, settings=replace(settings, n_max=7, **small))

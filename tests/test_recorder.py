@@ -207,7 +207,7 @@ def test_long_recording_is_folded_on_the_way(models, settings, tmp_path):
     """However often the journal is folded into the trace while it grows, every row is there once."""
     path = tmp_path / "t.duckdb"
     with Engine(models["plain"], "static:n_max=3", settings, trace=tmp_path / "other.duckdb") as engine:
-        facts = run_facts(engine.model, None, engine.settings, engine.policy, None, engine.placement)
+        facts = run_facts(engine.model, None, engine.settings, engine.policy, None, engine.placement, "partial")
         recorder = Recorder(path, facts, interval_s=0.001, journal_bytes=2000)
         kept, engine._loop.observer = engine.recorder, recorder
         done = [engine.generate(p, max_tokens=60) for p in ("import os\n", "class A:\n", "def f(") * 3]
@@ -238,7 +238,7 @@ _FOLD_ALWAYS = """
     from tracekit.engine.provenance import run_facts
     from tracekit.engine.recorder import Recorder
     engine = Engine(sys.argv[1], "static:n_max=3", Settings(n_max=6, threads=1))
-    facts = run_facts(engine.model, None, engine.settings, engine.policy, None, engine.placement)
+    facts = run_facts(engine.model, None, engine.settings, engine.policy, None, engine.placement, "partial")
     engine._loop.observer = Recorder(sys.argv[2], facts, interval_s=0.005, journal_bytes=20_000)
     while True:
         engine.generate("import os", max_tokens=50)
@@ -310,7 +310,7 @@ def test_one_bad_request_costs_the_trace_that_request(models, settings, tmp_path
 
 def _recording(engine, path, **options):
     """A recorder of ``engine`` beside its own, which is left out of it."""
-    facts = run_facts(engine.model, None, engine.settings, engine.policy, None, engine.placement)
+    facts = run_facts(engine.model, None, engine.settings, engine.policy, None, engine.placement, "partial")
     engine._loop.observer = recorder = Recorder(path, facts, interval_s=0.01, **options)
     return recorder
 

@@ -109,8 +109,14 @@ class Context:
             raise TracekitError(
                 f"{model.path}: no context of {n_seq} x {n_ctx} tokens ({lib.last_error('no reason given')})"
             )
-        self._memory = ctypes.cast(llama.llama_get_memory(self.handle), ctypes.c_void_p)
         self.n_snapshots = llama.llama_n_rs_seq(self.handle)
+        if self.n_snapshots and min(n_batch, n_ubatch) <= self.n_snapshots + 1:  # else llama.cpp aborts the process
+            llama.llama_free(self.handle)
+            raise TracekitError(
+                f"{model.path}: its memory is recurrent: n_batch and n_ubatch must be more than n_max + 1, "
+                f"{self.n_snapshots + 1}"
+            )
+        self._memory = ctypes.cast(llama.llama_get_memory(self.handle), ctypes.c_void_p)
         self.n_ctx = n_ctx
         self.n_batch = n_batch
         self._n_embd, self.n_vocab = model.facts.n_embd, model.facts.n_vocab

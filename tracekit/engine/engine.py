@@ -95,12 +95,14 @@ class Engine:
             self.placement = Placement.of(heard)
             self._check(self.policy)
             backend_sampling = self._backend_sampling()
-            self._loop = Loop(self.model, self._target, self._drafter, PartialRollback(self._target), self.settings)
+            rollback = PartialRollback(self._target)
+            self._loop = Loop(self.model, self._target, self._drafter, rollback, self.settings)
             self._loop.probe = probe
             self._loop.backend_sampling = backend_sampling
             self._parts.callback(self._loop.abort)
             if path := trace or os.environ.get("TRACEKIT_TRACE"):
-                facts = run_facts(self.model, self.draft_model, self.settings, self.policy, probe, self.placement)
+                made = self.model, self.draft_model, self.settings, self.policy, probe, self.placement
+                facts = run_facts(*made, rollback.kind)
                 self.recorder = Recorder(path, facts, force=force) if trace else record_beside(path, facts)
                 self._loop.observer = self.recorder
             if self.recorder is not None:

@@ -27,9 +27,12 @@ def run_facts(
     policy: Policy,
     probe: Probe | None,
     placement: Placement,
+    memory: str,
 ) -> dict[str, Any]:
-    """The ``runs`` row for a recording that an engine of these parts, placed so, starts now."""
-    facts = model.facts
+    """The ``runs`` row for a recording that an engine of these parts, placed so, starts now; ``memory``: how its target
+    forgets.
+    """
+    facts, asked = model.facts, {"probe_seed": probe.seed} if probe else _source(policy)
     return {
         "run": 0,
         "trace_id": uuid.uuid4().hex,
@@ -50,7 +53,7 @@ def run_facts(
         "llama_cpp": lib.build(),
         "device": device_name(),
         "driver": driver(),
-        "settings": settings.as_dict() | ({"probe_seed": probe.seed} if probe else _source(policy)),
+        "settings": settings.as_dict() | {"memory": memory} | asked,
         "machine": machine() | {"placement": placement.as_dict()},
     }
 

@@ -114,7 +114,10 @@ class League:
     def warning(self) -> str:
         """What one should know before trusting the prices; empty where there is nothing."""
         longest, known = int((self.positions.n_prompt + self.positions.n_generated).max()), self.cost.most_tokens
-        if self.serving.n_slots > 1 or longest <= known:
+        if self.serving.n_slots > 1:
+            apart = "llama.cpp splits batches of a recurrent memory otherwise than times over several slots assume"
+            return apart if self.serving.memory == "snapshot" else ""
+        if longest <= known:
             return ""
         return f"requests reach {longest} tokens, times were measured up to {known}: beyond, context is extrapolated"
 

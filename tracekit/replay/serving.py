@@ -19,7 +19,7 @@ from tracekit.trace.store import TraceFile
 @dataclass(frozen=True)
 class Serving:
     """``n_slots`` slots, batches of at most ``n_batch`` tokens in passes of ``n_ubatch``, one memory for all slots or
-    not (the engine's settings of these names).
+    not (the engine's settings of these names), which forgets rejected drafts as ``memory`` says.
 
     With one slot a request's time is that of its generation. With several, requests queue in the trace's order, all
     from the start or in waves of ``wave`` requests, each when the one before has ended; and a request's time is its
@@ -31,6 +31,7 @@ class Serving:
     n_ubatch: int = 512
     kv_unified: bool = False
     wave: int | None = None
+    memory: str = "partial"
 
     @classmethod
     def of(cls, trace: TraceFile, n_slots: int | None = None, wave: int | None = None) -> Serving:
@@ -38,8 +39,9 @@ class Serving:
         if n_slots is not None and n_slots < 1:
             raise TracekitError(f"--parallel {n_slots}: 1 or more")
         last = json.loads(trace.runs["settings"][-1])
-        most = n_slots or last["n_slots"]
-        return cls(most, last["n_batch"], last["n_ubatch"], last.get("kv_unified", False) and most > 1, wave)
+        most, memory = n_slots or last["n_slots"], last.get("memory", "partial")
+        unified = last.get("kv_unified", False) and most > 1
+        return cls(most, last["n_batch"], last["n_ubatch"], unified, wave, memory)
 
     @property
     def shortest(self) -> int:

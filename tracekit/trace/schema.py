@@ -31,8 +31,9 @@ CREATE TABLE runs (                      -- one row per recording session: where
     llama_cpp VARCHAR NOT NULL,          -- llama-cpp-python's version and llama.cpp's system information
     device VARCHAR NOT NULL,             -- device names, or the processor's
     driver VARCHAR,
-    settings JSON NOT NULL,              -- every engine setting: n_ctx, n_batch, n_threads, cache types, ...; probe:
-                                         -- its seed; live: text and sha256 of a policy file of one's own
+    settings JSON NOT NULL,              -- every engine setting: n_ctx, n_batch, n_threads, cache types, ...; memory:
+                                         -- partial or snapshot, how the target forgets (absent: partial); probe: its
+                                         -- seed; live: text and sha256 of a policy file of one's own
     machine JSON NOT NULL                -- operating system, processor, cores, Python; GPUs with driver, CUDA and
                                          -- limits; cuda_graphs; placement: layers by device, buffers, flash attention
 );

@@ -12,8 +12,12 @@ from tracekit.engine.doctor import examine
 from tracekit.engine.record import record
 from tracekit.errors import TracekitError
 from tracekit.policy.spec import parse_one
+from tracekit.replay import kernel
 from tracekit.replay.arrays import positions
+from tracekit.replay.costs import _PLAIN as PLAIN
+from tracekit.replay.league import League
 from tracekit.replay.serving import Serving
+from tracekit.report.stats import summarise
 from tracekit.trace.store import open_trace
 
 from . import hybrid
@@ -78,6 +82,10 @@ def test_replay_is_live(model, settings, plain, tmp_path):
             for prompt_id, rounds in zip(p.prompt_ids, Serving.of(trace).rounds(parse_one(text), p), strict=True):
                 assert live[prompt_id] == rounds, (text, prompt_id)
     assert Serving.of(trace).memory == "snapshot"
+    names = summarise(trace).baselines["baseline"].to_list()
+    assert names[:3] == ["no MTP", "off, MTP loaded", "MTP idle"]
+    cost = League.of(trace).cost
+    assert cost.no_mtp[PLAIN].sum() < (cost.prices[PLAIN].sum() + cost.prices[kernel.OVER])  # snapshots take time
 
 
 def test_batches_that_would_abort_llama_cpp_are_refused(model, settings):
@@ -85,3 +93,13 @@ def test_batches_that_would_abort_llama_cpp_are_refused(model, settings):
     for small in ({"n_ubatch": 8}, {"n_batch": 8}):
         with pytest.raises(TracekitError, match=r"must be more than n_max \+ 1, 8"):
             Engine(model, settings=replace(settings, n_max=7, **small))
+
+
+def test_without_mtp_no_snapshots_are_taken(model, settings, plain):
+    """The baseline is what a server without MTP does: another context, the same tokens; and back again."""
+    with Engine(model, settings=settings) as engine:
+        for mtp in (False, True, False, True):
+            engine.set_arm(mtp=mtp)
+            assert (engine._loop.target.n_snapshots > 0) == mtp
+            done = engine.run([replace(r, policy="static:n_max=4" if mtp else "off") for r in requests()])
+            assert {c.request.prompt_id: c.tokens for c in done} == plain

@@ -22,7 +22,7 @@ from tracekit.engine import lib
 from tracekit.engine.context import Context
 from tracekit.engine.drafter import Drafter, MtpDrafter
 from tracekit.engine.loop import Loop
-from tracekit.engine.model import Model
+from tracekit.engine.model import Model, check_drafter
 from tracekit.engine.placement import Placement
 from tracekit.engine.probe import Probe
 from tracekit.engine.provenance import run_facts
@@ -74,11 +74,9 @@ class Engine:
         self.model: Model | None = None
         self.draft_model: Model | None = None
         self.recorder: Recorder | None = None
-        self._target: Context | None = None
-        self._drafter: Drafter | None = None
-        self._loop: Loop | None = None
-        self._probe = probe
-        self._n_requests = 0
+        self._target = self._drafter = self._loop = None
+        self._served: dict[bool, tuple] = {}
+        self._probe, self._n_requests = probe, 0
         self._lock, self._stepping = threading.RLock(), False
         self._finished: list[Completion] = []  # for step(): requests that were submitted by hand
         self._boxes: dict[int, list] = {}  # where the completion of each request goes; None: it was dropped
@@ -95,14 +93,13 @@ class Engine:
             self.placement = Placement.of(heard)
             self._check(self.policy)
             backend_sampling = self._backend_sampling()
-            rollback = PartialRollback(self._target)
-            self._loop = Loop(self.model, self._target, self._drafter, rollback, self.settings)
+            self._loop = Loop(self.model, self._target, self._drafter, PartialRollback(self._target), self.settings)
             self._loop.probe = probe
             self._loop.backend_sampling = backend_sampling
             self._parts.callback(self._loop.abort)
             if path := trace or os.environ.get("TRACEKIT_TRACE"):
                 made = self.model, self.draft_model, self.settings, self.policy, probe, self.placement
-                facts = run_facts(*made, rollback.kind)
+                facts = run_facts(*made, self._loop.rollback.kind)
                 self.recorder = Recorder(path, facts, force=force) if trace else record_beside(path, facts)
                 self._loop.observer = self.recorder
             if self.recorder is not None:
@@ -140,21 +137,7 @@ class Engine:
         source = self.model
         if draft_model is not None:
             source = self.draft_model = self._own(Model(draft_model, self.settings.gpu_layers, sidecar=True))
-            if (source.facts.n_embd, source.facts.n_vocab) != (self.model.facts.n_embd, self.model.facts.n_vocab):
-                raise TracekitError(
-                    f"{draft_model}: its width or vocabulary is not that of {self.model.path}; a sidecar "
-                    "belongs to one model"
-                )
-        nextn = source.facts.n_layer_nextn
-        if nextn == 0:
-            raise TracekitError(
-                f"{source.path}: no MTP (NextN) layers in this GGUF (architecture {source.facts.arch}); use "
-                "one converted with them, give a sidecar with --draft-model, or use policy off"
-            )
-        if nextn > 1:
-            raise TracekitError(
-                f"{source.path}: {nextn} chained NextN layers; the engine drafts with models that have one"
-            )
+        check_drafter(source, self.model)
         wanted = self.settings.spec_draft_backend_sampling
         return MtpDrafter(
             self._context(source, self._target),
@@ -188,8 +171,8 @@ class Engine:
     def set_arm(
         self, mtp: bool = True, probing: bool = False, recording: bool = True, shared: dict | None = None
     ) -> None:
-        """Between requests, switch MTP off (the baseline: hidden states are not even extracted) or on, probing with it,
-        and recording.
+        """Between requests, switch MTP off (the baseline: hidden states are not even extracted, nor snapshots taken) or
+        on, probing with it, and recording.
 
         ``probing`` is for engines made with a probe, ``recording`` for those with a trace; elsewhere they change
         nothing. ``shared``: where states of policies with ``scope=engine`` are kept from now on; None: where they were.
@@ -201,9 +184,26 @@ class Engine:
         if mtp and self._drafter is None:
             raise TracekitError("the engine was started without MTP")
         self._loop.mtp = mtp
+        if self.snapshots:
+            self._loop.serve_from(*self._targets(mtp))
         self._loop.probe = self._probe if probing and mtp else None
         self._loop.observer = self.recorder if recording else None
         self._loop.shared = self._loop.shared if shared is None else shared
+
+    @property
+    def snapshots(self) -> bool:
+        """Whether the target takes snapshots of its state, to take drafts back: a recurrent memory, with MTP."""
+        return self._target.n_snapshots > 0
+
+    def _targets(self, mtp: bool) -> tuple[Context, BackendSampling | None]:
+        """The target's context and device sampler; without MTP another, which spends no time on snapshots."""
+        self._served = self._served or {True: (self._target, self._loop.backend_sampling)}
+        if mtp not in self._served:
+            context, sampling = self._own(self._context(self.model)), self._loop.backend_sampling
+            self._served[mtp] = context, sampling and BackendSampling(context, self.settings.n_slots)
+            self._parts.callback(self._loop.serve_from, *self._served[True])  # before that context goes
+            self._parts.callback(self._loop.abort)
+        return self._served[mtp]
 
     @property
     def idle(self) -> bool:

@@ -124,6 +124,10 @@ class Loop:
             self._record_ns += perf_counter_ns() - learned
         return [self.finish(s, learned) for s in slots if s.stop]
 
+    def serve_from(self, target: Context, sampling: BackendSampling | None) -> None:
+        """Between requests, go on with another context of the target, and what samples on the device there."""
+        self.target, self.backend_sampling, self._extracting = target, sampling, None
+
     def abort(self) -> None:
         """Drop every request, queued or under way, without a completion."""
         for slot in self.queue:

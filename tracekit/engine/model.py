@@ -135,3 +135,21 @@ class Model:
         if self.handle:
             llama.llama_model_free(self.handle)
             self.handle = None
+
+
+def check_drafter(source: Model, model: Model) -> None:
+    """Raise :class:`TracekitError` where the NextN layers of ``source`` (``model`` itself, or a sidecar) cannot draft
+    for ``model``.
+    """
+    if (source.facts.n_embd, source.facts.n_vocab) != (model.facts.n_embd, model.facts.n_vocab):
+        raise TracekitError(
+            f"{source.path}: its width or vocabulary is not that of {model.path}; a sidecar belongs to one model"
+        )
+    nextn = source.facts.n_layer_nextn
+    if nextn == 0:
+        raise TracekitError(
+            f"{source.path}: no MTP (NextN) layers in this GGUF (architecture {source.facts.arch}); use "
+            "one converted with them, give a sidecar with --draft-model, or use policy off"
+        )
+    if nextn > 1:
+        raise TracekitError(f"{source.path}: {nextn} chained NextN layers; the engine drafts with models that have one")

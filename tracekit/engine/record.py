@@ -1,7 +1,8 @@
 """Recording sessions: which requests run, in which arms, so that a trace answers every question it will be asked.
 
 A probe recording serves every prompt several times, a few tokens each but for the probe itself: without MTP (the
-baseline), with MTP idle, and with a fixed draft length (what live steps cost). The arms of a prompt follow each
+baseline), with MTP idle, and with a fixed draft length (what live steps cost); where the target takes snapshots of
+its state, also with MTP loaded and off. The arms of a prompt follow each
 other, so that a machine that slows down slows all of them. Over several slots the arms serve a wave of prompts, two for
 each slot, so that prompts are read beside generation and slots run empty, as they do in serving.
 """
@@ -57,7 +58,8 @@ def record(
     n_max, wave = engine.settings.n_max, wave_of(engine.settings.n_slots)
     lengths = [1 << i for i in range(n_max.bit_length())] or [0]
     short = [replace(r, max_tokens=min(r.max_tokens, BASELINE_TOKENS), arm="calibration") for r in requests]
-    per_prompt = sum(r.max_tokens for r in requests) + (3 * sum(r.max_tokens for r in short) if baseline else 0)
+    arms_beside = 3 + engine.snapshots if baseline else 0
+    per_prompt = sum(r.max_tokens for r in requests) + arms_beside * sum(r.max_tokens for r in short)
     for request in requests:
         engine.prepare(request)  # a prompt that cannot be served is refused before anything is recorded
     finished: dict[str, Completion] = {}
@@ -75,6 +77,7 @@ def record(
             fixed = rule("static")(n_max=length) if length else rule("off")()
             arms = [
                 ("no_mtp", [replace(r, policy=rule("off")()) for r in briefly]),
+                *([("loaded", [replace(r, policy=rule("off")()) for r in briefly])] * engine.snapshots),
                 ("idle", [replace(r, policy=rule("static")(n_max=0)) for r in briefly]),  # might draft: not over
                 ("fixed", [replace(r, policy=fixed) for r in briefly]),
                 *arms,

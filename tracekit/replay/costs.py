@@ -40,6 +40,7 @@ from tracekit.trace.store import TraceFile
 N_BOOT = 100
 _OR = "or take the times of another trace with --cost"
 _MORE = {"record": f"record more prompts or tokens, {_OR}", "calibrate": "calibrate with more --blocks or --steps"}
+_PLAIN = [kernel.STEPS, kernel.TOKENS, kernel.N_SCALARS + 1]  # of a step that decodes one token
 _FIXED = [kernel.LONG_CATCHUPS, kernel.LONG_CATCHUP_ROWS, kernel.PROMPT_CATCHUPS, kernel.PROMPT_CATCHUP_ROWS]
 
 
@@ -115,6 +116,7 @@ class _Steps:
     prompt_line: tuple[float, float] | None  # microseconds of a prompt's catch-up in one batch: fixed, and per row
     block: np.ndarray  # consecutive requests of one prompt: close together in time
     mtp: np.ndarray
+    loaded: np.ndarray  # without MTP, where it was loaded and snapshots of the state were taken all the same
     kv: np.ndarray  # cells that attention read
     width: np.ndarray
     width_before: np.ndarray  # of the target decode before
@@ -149,13 +151,14 @@ class _Steps:
                    FROM (SELECT *, prompt_id IS DISTINCT FROM lag(prompt_id) OVER (ORDER BY run, request) AS new
                          FROM requests)),
                target AS (SELECT *, lag(n_tokens) OVER (PARTITION BY run ORDER BY step) AS width_before FROM steps)
-               SELECT block, mtp, n_past, n_tokens AS width,
-                      coalesce(width_before, 0) AS width_before, len(v.tokens) AS emitted,
+               SELECT block, mtp, n_past,
+                      NOT mtp AND arm <> 'no_mtp' AND coalesce(settings->>'memory', '') = 'snapshot' AS loaded,
+                      n_tokens AS width, coalesce(width_before, 0) AS width_before, len(v.tokens) AS emitted,
                       n_draft_decodes AS decodes, n_catchup AS rows, coalesce(rows_before, 0) AS rows_before,
                       target_us AS target, first_draft_us AS first, draft_us AS draft, catchup_us AS catchup,
                       sample_us AS sample, wall_us AS wall
                FROM target s JOIN verifications v USING (run, step) JOIN runs USING (run)
-                    JOIN blocks USING (run, request) LEFT JOIN mtp USING (run, step)
+                    JOIN requests USING (run, request) JOIN blocks USING (run, request) LEFT JOIN mtp USING (run, step)
                WHERE s.n_slots = 1 AND s.n_prompt = 0 AND v.n_generated > 0
                      AND n_tokens <= $most AND n_catchup <= $most ORDER BY run, step""",
             most=n_max + 1,
@@ -169,7 +172,7 @@ class _Steps:
         advice = alone if several and not calibration else _MORE[verb]
         columns = {c: frame[c].cast(pl.Float64).to_numpy() for c in frame.columns}
         found = cls(str(trace.path), advice, _prompt_line(trace), **columns)
-        if (found.mtp == 0).sum() < LEAST:
+        if ((found.mtp == 0) & (found.loaded == 0)).sum() < LEAST:
             baseline = alone if several else f"record with --baseline, {_OR}"
             raise TracekitError(f"{trace.path}: the baseline without MTP was not recorded; {baseline}")
         return found
@@ -224,7 +227,7 @@ class _Steps:
         """``(prices, no_mtp)``; what these steps do not measure is taken from ``otherwise``, or refused without it."""
         prices, no_mtp = np.zeros(kernel.n_counts(n_max)), np.zeros(kernel.n_counts(n_max))
         before = otherwise or (None, None)
-        on, off = self.take(self.mtp == 1), self.take(self.mtp == 0)
+        on, off = self.take(self.mtp == 1), self.take((self.mtp == 0) & (self.loaded == 0))
         on._price_target(prices, n_max, before[0])
         on._price_drafting(prices, n_max, before[0])
         on._price_host(prices)
@@ -235,8 +238,11 @@ class _Steps:
             no_mtp[_layout(n_max)[0]][1] = robust_mean(off.target - per_kv * off.kv - reshape * off.reshapes)
         else:
             no_mtp = before[1]
-        plain = [kernel.STEPS, kernel.TOKENS, kernel.N_SCALARS + 1]
-        prices[kernel.OVER] = no_mtp[plain].sum() - prices[plain].sum()
+        over, loaded = no_mtp[_PLAIN].sum(), self.take(self.loaded == 1)
+        if len(loaded.wall):
+            per_kv, reshape = no_mtp[kernel.KV], no_mtp[kernel.RESHAPES]
+            over = robust_mean(loaded.wall - per_kv * loaded.kv - reshape * loaded.reshapes)
+        prices[kernel.OVER] = over - prices[_PLAIN].sum()
         return prices, no_mtp
 
     def _price_target(self, prices: np.ndarray, n_max: int, before: np.ndarray | None) -> None:
@@ -321,11 +327,13 @@ class _Steps:
         )
         changed = (rows != self.rows_before) + ((self.decodes > 1) & (rows != 1))
         drafting += prices[kernel.DRAFT_ROUNDS] + prices[kernel.DRAFT_RESHAPES] * changed
-        return time + np.where(self.decodes > 0, drafting, 0.0)
+        over = prices[kernel.OVER] + prices[_PLAIN].sum() - no_mtp[_PLAIN].sum()
+        return time + np.where(self.decodes > 0, drafting, 0.0) + over * self.loaded
 
     def cells(self) -> pl.DataFrame:
         """How often each batch width and each number of rows was measured, with its plain median time."""
-        on, off, rounds = self.take(self.mtp == 1), self.take(self.mtp == 0), self.take(self.decodes > 0)
+        on, off = self.take(self.mtp == 1), self.take((self.mtp == 0) & (self.loaded == 0))
+        rounds = self.take(self.decodes > 0)
         return measured_cells(
             [
                 ("no MTP", off.width, off.target),

@@ -163,9 +163,10 @@ def _baselines(trace: TraceFile) -> pl.DataFrame:
     catch-up of one row.
     """
     frame = trace.frame(
-        """SELECT CASE WHEN NOT mtp THEN 'no MTP' WHEN n_draft_decodes = 0 THEN 'MTP idle'
-                       ELSE 'K = ' || n_drafted END AS baseline,
-                  CASE WHEN NOT mtp THEN -2 WHEN n_draft_decodes = 0 THEN -1 ELSE n_drafted END AS rank,
+        """SELECT CASE WHEN NOT mtp AND arm = 'no_mtp' THEN 'no MTP' WHEN NOT mtp THEN 'off, MTP loaded'
+                       WHEN n_draft_decodes = 0 THEN 'MTP idle' ELSE 'K = ' || n_drafted END AS baseline,
+                  CASE WHEN NOT mtp THEN -2 - (arm = 'no_mtp')::INT
+                       WHEN n_draft_decodes = 0 THEN -1 ELSE n_drafted END AS rank,
                   count(*)::INT AS steps, median(wall_us) AS median_us,
                   quantile_cont(wall_us, 0.25) AS low_us, quantile_cont(wall_us, 0.75) AS high_us
            FROM steps s JOIN verifications v USING (run, step) JOIN requests r USING (run, request)

@@ -260,7 +260,7 @@ def test_fit_holds_over_a_wide_range_of_contexts():
             target = target_us(cells, drafts + 1) * (1 + 0.02 * rng.standard_normal())
             before = rows[-1] if rows else dict.fromkeys(names, 0)
             left = 1 if before["decodes"] > 1 else before["rows"] if before["decodes"] else before["rows_before"]
-            values = (block, k is not None, cells, drafts + 1, before["width"], 1, drafts, again, left)
+            values = (block, k is not None, False, cells, drafts + 1, before["width"], 1, drafts, again, left)
             times = (target, first, draft, 0, 30, target + draft + 130)
             rows.append(dict(zip(names, (*values, *times), strict=True)))
     steps = _Steps("", "", None, *(np.array([r[name] for r in rows], float) for name in names))

@@ -51,6 +51,11 @@ def remove(trace: Path) -> None:
     Raises as :func:`check_replaceable` does, and ``OSError`` where it cannot be deleted.
     """
     check_replaceable(trace)
+    delete(trace)
+
+
+def delete(trace: Path) -> None:
+    """Delete whatever there is of ``trace``, unasked. Raises ``OSError``."""
     for file in files_of(trace):
         file.unlink(missing_ok=True)
 
@@ -81,8 +86,7 @@ class Replaced:
 
     def remove(self) -> None:
         """Delete it."""
-        for file in files_of(self._kept):
-            file.unlink(missing_ok=True)
+        delete(self._kept)
 
     @staticmethod
     def _move(trace: Path, to: Path) -> None:

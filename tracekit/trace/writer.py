@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from tracekit.errors import TracekitError
 from tracekit.trace import schema
-from tracekit.trace.files import first_line, held_by
+from tracekit.trace.files import delete, first_line, held_by
 from tracekit.trace.journal import files_of
 
 _ARROW = {
@@ -121,5 +121,4 @@ class TraceWriter:
         """Close it and delete it: nothing came of it. Raises ``OSError``."""
         with contextlib.suppress(duckdb.Error):  # what cannot be written back need not be
             self.close()
-        for file in files_of(self.path):
-            file.unlink(missing_ok=True)
+        delete(self.path)

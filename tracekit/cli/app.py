@@ -10,6 +10,7 @@ from tracekit.cli import (
     demo,
     doctor,
     generate,
+    merge,
     model,
     policies,
     record,
@@ -33,6 +34,7 @@ app.command("doctor")(doctor.doctor)
 app.add_typer(model.app, name="model")
 app.command("record")(record.record)
 app.command("calibrate")(calibrate.calibrate)
+app.command("merge")(merge.merge)
 app.command("stats")(stats.stats)
 app.command("policies")(policies.policies)
 app.command("replay")(replay.replay)

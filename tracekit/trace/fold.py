@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from tracekit.errors import TracekitError
-from tracekit.trace.files import first_line, held_by
+from tracekit.trace.files import first_line, held_by, interrupted
 from tracekit.trace.journal import Entry, Journal, entries, journal_of
 from tracekit.trace.pending import N_MOMENTS, N_WHOLE
 from tracekit.trace.rows import STOPS, Moments
@@ -57,7 +57,7 @@ def finish(trace: Path) -> None:
     except FileNotFoundError:  # another process was faster
         return
     except Exception as error:  # whatever it is, the trace and its journal stay as they are
-        if isinstance(error, duckdb.Error) and held_by(error):
+        if (isinstance(error, duckdb.Error) and held_by(error)) or interrupted(error):
             raise
         raise TracekitError(
             f"{trace}: its recording was cut off, and the last rows, in {journal_of(trace).name}, cannot be added "

@@ -1,0 +1,40 @@
+"""``tracekit merge``: several recordings as one trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tracekit.cli import options, out
+
+
+def merge(
+    traces: Annotated[list[Path], typer.Argument(metavar="TRACE...", help="Trace files of one model and machine.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The trace to write (DuckDB).")],
+    force: options.Force = False,
+    json: options.Json = False,
+) -> None:
+    """Put several recordings, of several processes or days, into one trace to replay and tune on."""
+    from tracekit.trace.merge import merge as put_together
+
+    merged = put_together(traces, output, force)
+    again = merged.frame(
+        """SELECT prompt_id FROM requests WHERE prompt_id <> '' AND arm IN ('probe', 'live')
+           GROUP BY prompt_id, temp, seed HAVING count(DISTINCT run) > 1"""
+    )
+    if again.height:
+        out.say(
+            f"warning: {again.height} prompts were recorded more than once; intervals count each as another request"
+        )
+    counts = merged.frame(
+        """SELECT (SELECT count(*) FROM runs) AS runs, (SELECT count(*) FROM requests) AS requests,
+                  (SELECT count(*) FROM verifications) AS verifications"""
+    ).row(0, named=True)
+    if json:
+        out.print_json({"file": str(output), "bytes": output.stat().st_size} | counts)
+    else:
+        size = output.stat().st_size / 1e6
+        print(f"{counts['runs']} runs, {counts['requests']} requests, {size:.1f} MB")
+    out.wrote(output)

@@ -27,9 +27,11 @@ from common import middle, ratio
 
 from tracekit.engine import Engine, Settings
 from tracekit.model.prompt_sets import load
-from tracekit.policy.rule import rule
+from tracekit.policy.llama_cpp import server_options
+from tracekit.policy.rule import Policy
+from tracekit.policy.spec import parse
 
-LENGTHS = (0, 1, 4, 8)
+POLICIES = parse("off,static:n_max=1,4,8,static:n_max=8,p_min=0.425")
 N_CTX = 512  # llama-server caps a slot at the trained context
 
 
@@ -43,9 +45,9 @@ class Run(NamedTuple):
 
 
 class Server:
-    """One llama-server process with a fixed draft length."""
+    """One llama-server process under a policy that it has options for."""
 
-    def __init__(self, binary: str, model: str, n_max: int, threads: int):
+    def __init__(self, binary: str, model: str, policy: Policy, threads: int):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -63,9 +65,8 @@ class Server:
             str(threads),
             "--cache-ram",
             "0",
+            *server_options(policy),
         ]
-        if n_max:
-            command += ["--spec-type", "draft-mtp", "--spec-draft-n-max", str(n_max)]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for _ in range(600):
             try:
@@ -111,45 +112,45 @@ def main() -> None:
 
 
 class Sides(NamedTuple):
-    """The engine and the servers, by draft length, on one model."""
+    """The engine and the servers, by policy, on one model."""
 
     engine: Engine
-    servers: dict[int, Server]
+    servers: dict[Policy, Server]
     max_tokens: int
 
-    def ours(self, n: int, prompt: list[int]) -> Run:
-        """The engine's run with ``n`` drafts."""
-        self.engine.set_arm(mtp=n > 0)
-        d = self.engine.generate(prompt, max_tokens=self.max_tokens, policy=rule("static")(n_max=n))
+    def ours(self, policy: Policy, prompt: list[int]) -> Run:
+        """The engine's run under ``policy``."""
+        self.engine.set_arm(mtp=policy.name != "off")
+        d = self.engine.generate(prompt, max_tokens=self.max_tokens, policy=policy)
         return Run(d.tokens, (d.drafted, d.accepted), (d.prompt_us + d.catchup_us) / 1e3, d.generate_us / 1e3)
 
-    def theirs(self, n: int, prompt: list[int]) -> Run:
+    def theirs(self, policy: Policy, prompt: list[int]) -> Run:
         """The server's."""
-        answer = self.servers[n].generate(prompt, self.max_tokens)
+        answer = self.servers[policy].generate(prompt, self.max_tokens)
         t = answer["timings"]
         drafts = t.get("draft_n", 0), t.get("draft_n_accepted", 0)
         return Run(answer["tokens"], drafts, t["prompt_ms"], t["predicted_ms"])
 
 
 def compare(model: str, args: argparse.Namespace) -> None:
-    settings = Settings(n_ctx=N_CTX, n_max=max(LENGTHS))
+    settings = Settings(n_ctx=N_CTX)
     rng, runs = random.Random(0), defaultdict(list)
     for repeat in range(args.repeats):
         with ExitStack() as stack:
             engine = stack.enter_context(Engine(model, settings=settings))
-            servers = {n: stack.enter_context(Server(args.server, model, n, settings.threads)) for n in LENGTHS}
+            servers = {p: stack.enter_context(Server(args.server, model, p, settings.threads)) for p in POLICIES}
             sides = Sides(engine, servers, args.max_tokens)
             prompts = [engine.model.tokenize(p.prompt) for p in load(args.prompts)[:: args.every]]
             # not timed: warms both up, and gives the counts to compare
-            pairs = [(n, p, sides.ours(n, p), sides.theirs(n, p)) for n in LENGTHS for p in prompts]
-            arms = [(side, n) for n in LENGTHS for side in (sides.ours, sides.theirs)]
+            pairs = [(p, text, sides.ours(p, text), sides.theirs(p, text)) for p in POLICIES for text in prompts]
+            arms = [(side, p) for p in POLICIES for side in (sides.ours, sides.theirs)]
             for prompt in prompts:
-                for side, n in rng.sample(arms, len(arms)):
-                    runs[side.__name__, n, repeat].append(side(n, prompt))
+                for side, policy in rng.sample(arms, len(arms)):
+                    runs[side.__name__, policy, repeat].append(side(policy, prompt))
             # drafts that two tokens are as good for: which, depends on where the request before left the server's cells
             other_counts = [
-                (n, prompts.index(p), a, b, [sides.theirs(n, p) for _ in range(2)][-1])
-                for n, p, a, b in pairs
+                (p, prompts.index(text), a, b, [sides.theirs(p, text) for _ in range(2)][-1])
+                for p, text, a, b in pairs
                 if a.tokens == b.tokens and a.drafts != b.drafts
             ]
     print(
@@ -158,25 +159,25 @@ def compare(model: str, args: argparse.Namespace) -> None:
     )
     equal = sum(same_work(a, b) for _, _, a, b in pairs)
     print(f"tokens and (drafted, accepted) equal llama-server's in {equal} of {len(pairs)} requests")
-    for n, prompt, a, b, c in other_counts:
-        print(f"  n_max {n}, prompt {prompt}: ours {a.drafts}, llama-server {b.drafts}, and twice in a row {c.drafts}")
+    for policy, prompt, a, b, c in other_counts:
+        print(f"  {policy}, prompt {prompt}: ours {a.drafts}, llama-server {b.drafts}, and twice in a row {c.drafts}")
     heads = f"{'ours, tokens/s':>26}  {'llama-server, tokens/s':>26}"
-    print(f"{'n_max':>5}  {'accepted':>8}  {heads}  {'ratio':>30}  ratio, whole request")
-    for n in LENGTHS:
+    print(f"{'policy':26}  {'accepted':>8}  {heads}  {'ratio':>30}  ratio, whole request")
+    for policy in POLICIES:
         speeds = defaultdict(list)
         for repeat in range(args.repeats):
-            both = zip(runs["ours", n, repeat], runs["theirs", n, repeat], strict=True)
+            both = zip(runs["ours", policy, repeat], runs["theirs", policy, repeat], strict=True)
             same = [pair for pair in both if same_work(*pair)]
             if not same:
-                raise SystemExit(f"n_max {n}: in no request did both sides do the same work; no speed to compare")
+                raise SystemExit(f"{policy}: in no request did both sides do the same work; no speed to compare")
             for who, of in zip(("ours", "theirs"), zip(*same, strict=True), strict=True):
                 for whole in (False, True):
                     speeds[who, whole].append(speed(of, whole))
-        drafted, accepted = (sum(ours.drafts[i] for m, _, ours, _ in pairs if m == n) for i in (0, 1))
+        drafted, accepted = (sum(ours.drafts[i] for p, _, ours, _ in pairs if p == policy) for i in (0, 1))
         share = f"{100 * accepted / drafted:.0f} %" if drafted else "-"
         a, b = speeds["ours", False], speeds["theirs", False]
         of_whole = ratio(speeds["ours", True], speeds["theirs", True])
-        print(f"{n:5d}  {share:>8}  {middle(a):>26}  {middle(b):>26}  {ratio(a, b):>30}  {of_whole}")
+        print(f"{policy!s:26}  {share:>8}  {middle(a):>26}  {middle(b):>26}  {ratio(a, b):>30}  {of_whole}")
 
 
 def same_work(a: Run, b: Run) -> bool:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tracekit.errors import TracekitError
 from tracekit.policy.file import PolicyFile, read
 from tracekit.policy.interface import NEVER, Now, Outcome
+from tracekit.policy.llama_cpp import server_advice, server_options
 from tracekit.policy.rule import rule, shipped
 from tracekit.policy.spec import parse, parse_one
 from tracekit.replay import link
@@ -220,6 +221,20 @@ def test_by_slots_drafts_less_in_a_crowd():
     state, decide = policy.rule.begin(policy.params), policy.decide
     assert [decide(state, Now(1, 10, 99, n))[0] for n in (1, 2, 3, 16)] == [4, 4, 1, 1]
     assert rule("by_slots")(n_max=2, n_crowded=8).decide(state, Now(1, 10, 99, 2))[0] == 2
+
+
+def test_what_llama_server_takes():
+    """Policies that llama.cpp has too, in its own options; of the others it is said that it has none."""
+    assert server_options(parse_one("static:n_max=8,p_min=0.425")) == [
+        *("--spec-type", "draft-mtp", "--spec-draft-n-max", "8", "--spec-draft-p-min", "0.425")
+    ]
+    assert server_advice(parse_one("static:n_max=1")).endswith("--spec-draft-n-max 1 --spec-draft-p-min 0")
+    for never in ("off", "static:n_max=0"):
+        assert server_options(parse_one(never)) == []
+        assert server_advice(parse_one(never)) == ""
+    for own in ("fallback", "by_slots"):
+        assert server_options(parse_one(own)) is None
+        assert "no options" in server_advice(parse_one(own))
 
 
 def test_default_space_holds_only_what_matters_over_so_many_slots():

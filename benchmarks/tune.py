@@ -30,10 +30,8 @@ def cost_model() -> CostModel:
     prices[widths] = np.linspace(8000, 24000, N_MAX + 1)
     prices[walk.N_SCALARS + N_MAX + 2 :] = np.linspace(0, 300, N_MAX + 2)
     prices[walk.LONG_CATCHUP_ROWS] = 30
-    no_mtp = np.zeros_like(prices)
-    no_mtp[walk.STEPS], no_mtp[walk.N_SCALARS + 1] = 60, 8000
     noise = np.random.default_rng(0).normal(1, 0.01, (N_BOOT, len(prices)))
-    return CostModel(N_MAX, prices, no_mtp, prices * noise, no_mtp * noise, None, 0.01, 0, 1 << 20)
+    return CostModel(N_MAX, prices, prices * noise, None, 0.01, 0, 1 << 20)
 
 
 def main() -> None:

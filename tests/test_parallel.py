@@ -13,7 +13,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 import tracekit
-from tracekit.engine import Engine, Probe
+from tracekit.engine import Engine, Probe, lib
 from tracekit.engine.record import record
 from tracekit.errors import TracekitError
 from tracekit.policy.spec import parse, parse_one
@@ -25,6 +25,7 @@ from tracekit.testing import random_positions
 from tracekit.trace.store import open_trace
 from tracekit.verify import _shares_us
 
+from . import hybrid
 from .conftest import N_MAX, POLICIES, requests
 from .test_cli import tracekit as cli
 from .test_replay import POLICIES as SWEPT
@@ -33,12 +34,28 @@ N_SLOTS = 3
 SAME = ("STEPS", "VERIFICATIONS", "DRAFTED", "ACCEPTED", "TOKENS", "TRIPS", "INEXACT")
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["a memory each", "one memory"])
-def several(request, models, settings, tmp_path_factory):
-    """Settings of three slots, and a probe recorded with them; their prompts are read in chunks beside generation."""
-    chosen = replace(settings, n_slots=N_SLOTS, n_batch=64, n_ubatch=64, kv_unified=request.param)
+@pytest.fixture(scope="module", params=["attention", "attention, one", "recurrent", "recurrent, one"])
+def memory(request):
+    """What memory a model has, and whether it is one for all slots."""
+    kind, *one = request.param.split(", ")
+    return kind, bool(one)
+
+
+@pytest.fixture(scope="module")
+def model(memory, models, tmp_path_factory):
+    """The reference model, or a small one with a recurrent memory."""
+    if memory[0] == "attention":
+        return models["plain"]
+    return hybrid.write(tmp_path_factory.mktemp("models") / "hybrid.gguf")
+
+
+@pytest.fixture(scope="module")
+def several(memory, model, settings, tmp_path_factory):
+    """Settings of several slots, and a probe recorded with them; their prompts are read in chunks beside generation."""
+    n_slots = 2 if memory == ("recurrent", True) else N_SLOTS
+    chosen = replace(settings, n_slots=n_slots, n_batch=64, n_ubatch=64, kv_unified=memory[1])
     path = tmp_path_factory.mktemp("several") / "probe.duckdb"
-    with Engine(models["plain"], settings=chosen, trace=path, probe=Probe(N_MAX, seed=1)) as engine:
+    with Engine(model, settings=chosen, trace=path, probe=Probe(N_MAX, seed=1)) as engine:
         record(engine, requests(per_category=2), baseline=True)
     return chosen, path
 
@@ -53,7 +70,7 @@ def test_one_slot_in_lockstep_is_the_walk(seed, probe):
         out, rounds = np.zeros((1, p.n_requests, lockstep.N_COUNTS)), np.zeros((len(p.match), 2), np.int16)
         rows, shared = simulate.rows_of([policy]), np.array([policy.scope == "engine"])
         run = link.compiled(policy.rule, lockstep)
-        run(rows, shared, (1, 512, 512, False, 99), simulate.arrays_of(p), out, rounds)
+        run(rows, shared, (1, 512, 512, False, -1, 99), simulate.arrays_of(p), out, rounds)
         for name in SAME:
             index = getattr(kernel, name)
             assert (out[0, :, index] == counted[:, index]).all(), (policy, name)
@@ -62,15 +79,15 @@ def test_one_slot_in_lockstep_is_the_walk(seed, probe):
 
 
 @examples(max_examples=5)
-@given(st.integers(0, 10**6), st.integers(1, 5), st.booleans())
-def test_compiled_equals_interpreted_in_lockstep(seed, n_slots, unified):
+@given(st.integers(0, 10**6), st.integers(1, 5), st.booleans(), st.sampled_from([-1, 0, 9]))
+def test_compiled_equals_interpreted_in_lockstep(seed, n_slots, unified, tail):
     """The compiled lockstep walk counts exactly what the interpreted twin counts."""
     p = random_positions(random.Random(seed), 8, 8)
     for policy in SWEPT:
         found = []
         for run in (link.compiled(policy.rule, lockstep), link.interpreted(policy.rule, lockstep).run):
             out = np.zeros((1, p.n_requests, lockstep.N_COUNTS))
-            sizes = (n_slots, 48, 48, unified, 5)
+            sizes = (n_slots, 48, 48, unified, tail, 5)
             run(
                 simulate.rows_of([policy]), np.array([policy.scope == "engine"]), sizes, simulate.arrays_of(p), out,
                 np.zeros((0, 2), np.int16),
@@ -80,30 +97,70 @@ def test_compiled_equals_interpreted_in_lockstep(seed, n_slots, unified):
 
 
 @pytest.mark.parametrize(
-    ("rows", "unified", "passes"),
+    ("rows", "unified", "tail", "passes"),
     [
-        ([9, 9, 9, 9], False, [(36, 4)]),
-        ([9, 1, 1, 1], False, [(4, 4), (8, 1)]),
-        ([9, 3, 0, 1], False, [(6, 2), (6, 1), (1, 1)]),
-        ([0, 2, 2, 0], False, [(4, 2)]),
-        ([9, 1, 1, 1], True, [(12, 1)]),
-        ([40, 40, 0, 0], True, [(64, 1), (16, 1)]),
-        ([40, 40, 0, 0], False, [(64, 2), (16, 2)]),
+        ([9, 9, 9, 9], False, -1, [(36, 4)]),
+        ([9, 1, 1, 1], False, -1, [(4, 4), (8, 1)]),
+        ([9, 3, 0, 1], False, -1, [(6, 2), (6, 1), (1, 1)]),
+        ([0, 2, 2, 0], False, -1, [(4, 2)]),
+        ([9, 1, 1, 1], True, -1, [(12, 1)]),
+        ([40, 40, 0, 0], True, -1, [(64, 1), (16, 1)]),
+        ([40, 40, 0, 0], False, -1, [(64, 2), (16, 2)]),
+        ([9, 1, 1, 1], False, 9, [(9, 1), (3, 3)]),
+        ([1, 1, 9, 1], False, 9, [(2, 2), (9, 1), (1, 1)]),
+        ([1, 1, 9, 1], True, 9, [(2, 1), (9, 1), (1, 1)]),
+        ([3, 0, 3, 3], True, 9, [(9, 1)]),
+        ([3, 0, 3, 3], False, 9, [(3, 1), (6, 2)]),
+        ([9, 3, 0, 1], True, 0, [(3, 1), (4, 1), (6, 1)]),
     ],
 )
-def test_passes_over_the_weights(rows, unified, passes):
+def test_passes_over_the_weights(rows, unified, tail, passes):
     """A batch is split into passes as llama.cpp splits it: by hand from src/llama-batch.cpp."""
     counts = np.zeros(lockstep.N_COUNTS)
-    lockstep.book_target(counts, np.array(rows), np.zeros(4, int), 0, 0, 64, unified, True, -1)
+    lockstep.book_target(counts, np.array(rows), np.zeros(4, int), 0, 0, 64, unified, tail, True, -1)
     assert counts[lockstep.BATCHES] == len(passes)
     assert counts[lockstep.ROWS_MTP] == counts[lockstep.OUTPUTS] == sum(n for n, _ in passes)
-    assert counts[lockstep.KV] == 256 * sum(seqs for _, seqs in passes)
+    assert counts[lockstep.KV] == 256 * sum(memories for _, memories in passes)
     stretches = np.diff([*lockstep.KNOTS, 10**6])
     filled = sum(np.clip(n - lockstep.KNOTS, 0, stretches) for n, _ in passes)
     assert (counts[lockstep.ROWS : lockstep.DRAFT_ROWS] == filled).all()
 
 
-def test_steps_equal_the_live_engines(several, models, tmp_path):
+@pytest.mark.parametrize("mtp", [True, False], ids=["drafting", "without MTP"])
+def test_passes_are_those_that_llama_cpp_makes(several, model, monkeypatch, mtp):
+    """What llama.cpp logs of every batch, slots drafting unequal lengths in any order, is what the simulator counts."""
+    chosen, path = several
+    tail = Serving.of(open_trace(path)).tail if mtp else 0 if model.name == "hybrid.gguf" else -1
+    monkeypatch.setenv("LLAMA_BATCH_DEBUG", "1")  # read when a context is made
+    found, taken = [], []
+    monkeypatch.setattr(lockstep, "book_pass", lambda _counts, rows, *_: taken.append(int(rows)))
+    lengths = ["static:n_max=6", "static:n_max=1", "static:n_max=6,p_min=0.4", "fallback:n_max=3", "off"]
+    chosen = replace(chosen, n_batch=512, n_ubatch=512)
+    with Engine(model, settings=chosen, mtp=mtp) as engine, lib.listening() as heard:
+        loop = engine._loop
+        decode = loop.target.decode
+
+        def overheard(batch):
+            heard.clear()
+            decode(batch)
+            _whole, *passes = [int(line.split("=")[1]) for line in heard if " n_tokens     = " in line]
+            if all(slot is None or slot.generating for slot in loop.slots):
+                found.append(([0 if s is None else s.n_rows for s in loop.slots], passes))
+
+        monkeypatch.setattr(loop.target, "decode", overheard)
+        wanted = requests(per_category=2)
+        policies = [lengths[i % len(lengths)] if mtp else None for i in range(len(wanted))]
+        list(engine.run([replace(r, policy=p) for r, p in zip(wanted, policies, strict=True)]))
+    assert len(found) > 50
+    for rows, passes in found:
+        taken.clear()
+        counts, past = np.zeros(lockstep.N_COUNTS), np.zeros(chosen.n_slots, int)
+        lockstep.book_target(counts, np.array(rows), past, 0, 0, 512, chosen.kv_unified, tail, mtp, -1)
+        assert taken == passes, rows
+    assert mtp == any(len({*rows} - {0}) > 1 for rows, _ in found)
+
+
+def test_steps_equal_the_live_engines(several, model, tmp_path):
     """For every policy: each request's (drafted, accepted) and everything that is counted of the run's steps equal what
     the live engine did and recorded, with chunks of prompts beside generation, states that slots share, and a request
     that ends with its first token.
@@ -116,11 +173,12 @@ def test_steps_equal_the_live_engines(several, models, tmp_path):
     wanted[2] = replace(wanted[2], max_tokens=1)
     p.n_generated[2] = p.max_tokens[2] = 1
     serving = Serving.of(trace)
-    assert serving == Serving(N_SLOTS, 64, 64, chosen.kv_unified)
+    tail = N_MAX + 1 if model.name == "hybrid.gguf" else -1
+    assert serving == Serving(chosen.n_slots, 64, 64, chosen.kv_unified, tail=tail)
     for i, text in enumerate((*POLICIES, "by_slots:n_max=6,max_slots=1,n_crowded=2")):
         policy = parse_one(text)
         live = tmp_path / f"live-{i}.duckdb"
-        with Engine(models["plain"], policy, chosen, trace=live) as engine:
+        with Engine(model, policy, chosen, trace=live) as engine:
             done = {c.request.prompt_id: c for c in engine.run(wanted)}
         for prompt_id, rounds in zip(p.prompt_ids, serving.rounds(policy, p), strict=True):
             assert done[prompt_id].rounds == rounds, (text, prompt_id)
@@ -164,13 +222,15 @@ def test_tune_over_several_slots(several, tmp_path):
     """Tuning works as with one slot, says over how many, and never recommends what it predicts to be slower."""
     trace = tracekit.open(several[1])
     table = trace.replay("off,static:n_max=2,4")
-    assert (table["n_slots"] == N_SLOTS).all()
-    assert table["speedup"][0] == 1
+    n_slots = several[0].n_slots
+    assert (table["n_slots"] == n_slots).all()
+    snapshots = Serving.of(trace.file).tail > 0
+    assert table["speedup"][0] < 1.1 if snapshots else table["speedup"][0] == 1
     assert table["amplification"][0] == 1
     assert table["regret"].is_null().all()
     best = trace.tune(space={"static": {"n_max": "1..6/1"}})
-    assert f"over {N_SLOTS} slots" in best.evidence.advice
-    assert best.evidence.n_slots == N_SLOTS
+    assert f"over {n_slots} slots" in best.evidence.advice
+    assert best.evidence.n_slots == n_slots
     assert best.evidence.speedup >= 1
     best.save(tmp_path / "policy.toml")
 
@@ -187,14 +247,14 @@ def test_shares_of_completions(engine, models, several):
 
 def test_what_was_not_measured_is_refused(several, probe_traces):
     """Costs of more slots than were ever active, or without the baseline, are an error that says what to record."""
-    single, three = open_trace(probe_traces[0.0]), open_trace(several[1])
+    single, some, n_slots = open_trace(probe_traces[0.0]), open_trace(several[1]), several[0].n_slots
     with pytest.raises(TracekitError, match="--parallel 4"):
         League.of(single, n_slots=4)
     with pytest.raises(TracekitError, match="--parallel 4"):
-        League.of(three, n_slots=4)
+        League.of(some, n_slots=4)
     with pytest.raises(TracekitError, match="1 or more"):
-        League.of(three, n_slots=0)
-    assert League.of(single, three, 3).table(parse("static:n_max=2"))["tokens_per_second"][0] > 0
+        League.of(some, n_slots=0)
+    assert League.of(single, some, n_slots).table(parse("static:n_max=2"))["tokens_per_second"][0] > 0
 
 
 def test_verify_over_several_slots(models):

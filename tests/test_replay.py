@@ -17,6 +17,7 @@ from tracekit.replay import kernel, link
 from tracekit.replay.arrays import ANY
 from tracekit.replay.clairvoyant import clairvoyant_us
 from tracekit.replay.costs import CostModel
+from tracekit.replay.serving import Serving
 from tracekit.replay.simulate import arrays_of, counts, rounds, times
 from tracekit.testing import random_positions
 
@@ -43,9 +44,8 @@ def made_up_cost(seed, n_max=8):
     slope = rng.uniform(0, 50)
     prices[kernel.LONG_CATCHUP_ROWS] = slope
     prices[kernel.LONG_CATCHUPS] = prices[-1] - slope * (n_max + 1)
-    no_mtp = np.zeros_like(prices)
-    no_mtp[kernel.STEPS], no_mtp[widths + 1] = prices[kernel.STEPS] * 0.9, prices[widths + 1] * 0.99
-    return CostModel(n_max, prices, no_mtp, prices[None], no_mtp[None], None, 0.0, 0, 1 << 20)
+    prices[kernel.BARE] = -0.1 * prices[kernel.STEPS] - prices[kernel.TOKENS] - 0.01 * prices[widths + 1]
+    return CostModel(n_max, prices, prices[None], None, 0.0, 0, 1 << 20)
 
 
 @settings(max_examples=25)
@@ -90,7 +90,7 @@ def test_nobody_beats_the_clairvoyant(seed):
     p, cost = made_up(seed), made_up_cost(seed)
     least = clairvoyant_us(p, cost)
     assert (times(POLICIES, p, cost.prices) >= least * (1 - 1e-9)).all()
-    assert (counts(POLICIES[:1], p)[0] @ cost.no_mtp >= least * (1 - 1e-9)).all()
+    assert (Serving().no_mtp_counts(p) @ cost.prices >= least * (1 - 1e-9)).all()
 
 
 def test_clairvoyant_reaches_what_is_possible():
@@ -107,7 +107,6 @@ def test_clairvoyant_reaches_what_is_possible():
     cost.prices[: kernel.N_SCALARS] = 0
     cost.prices[kernel.N_SCALARS :] = 1.0
     cost.prices[kernel.N_SCALARS + 10 :] = 0.0
-    cost.no_mtp[:] = cost.prices
     best = min(times(parse("static:n_max=8"), p, cost.prices)[0])
     assert clairvoyant_us(p, cost).min() == pytest.approx(best)
 

@@ -176,7 +176,7 @@ def _check_lockstep(policy: Policy, positions: Positions, n_slots: int, expected
     out = np.zeros((1, positions.n_requests, lockstep.N_COUNTS))
     rounds = np.zeros((len(positions.match), 2), np.int16)
     rows, shared = rows_of([policy]), np.array([policy.scope == "engine"])
-    sizes = (n_slots, 1 << 20, 1 << 20, True, 1 << 20)
+    sizes = (n_slots, 1 << 20, 1 << 20, True, -1, 1 << 20)
     link.compiled(policy.rule, lockstep)(rows, shared, sizes, arrays_of(positions), out, rounds)
     for r, (start, steps) in enumerate(zip(positions.first, expected, strict=True)):
         walked = [tuple(pair) for pair in rounds[start : start + int(out[0, r, kernel.STEPS])].tolist()]

@@ -46,10 +46,12 @@ def clairvoyant_us(positions: Positions, cost: CostModel) -> np.ndarray:
         p.first, p.n_generated, p.n_prompt, p.max_tokens, p.n_ctx, p.match, np.asarray(width), terms, n_max, out
     )
     steps = p.n_generated - 1
-    plain = steps * (cost.no_mtp[kernel.STEPS] + cost.no_mtp[kernel.TOKENS] + cost.no_mtp[kernel.N_SCALARS + 1])
-    plain = plain + cost.no_mtp[kernel.RESHAPES]
+    plain = steps * (
+        prices[kernel.STEPS] + prices[kernel.TOKENS] + width[1] + prices[kernel.OVER] + prices[kernel.BARE]
+    )
     kv = kernel.n_kv_sum(p.n_prompt + steps) - kernel.n_kv_sum(p.n_prompt)
-    return np.minimum(out, plain + kv * (cost.no_mtp[kernel.KV] + cost.no_mtp[kernel.KV_WIDTH]))
+    plain = plain + prices[kernel.RESHAPES] + kv * (prices[kernel.KV] + prices[kernel.KV_WIDTH])
+    return np.minimum(out, plain)
 
 
 def _line_under(catchup: np.ndarray, long_us: float, long_row_us: float) -> tuple[float, float]:

@@ -6,8 +6,8 @@
 
 Each decode is dearer with more context, and one of another shape than the one before costs a new graph. Every part is
 fitted to its own measured times: a robust mean per batch width and per number of rows, made monotone (isotonic
-regression), over slopes in context. Three baselines stay apart: *no MTP* (hidden states not even extracted), MTP
-loaded but idle, and each draft length.
+regression), over slopes in context. Baselines stay apart: *no MTP* (hidden states not even extracted, no snapshots
+taken), MTP loaded and off, MTP idle, and each draft length.
 """
 
 from __future__ import annotations
@@ -48,17 +48,15 @@ _FIXED = [kernel.LONG_CATCHUPS, kernel.LONG_CATCHUP_ROWS, kernel.PROMPT_CATCHUPS
 class CostModel:
     """Microseconds per count of :mod:`tracekit.replay.kernel`, for drafts of up to ``n_max`` tokens.
 
-    ``prices`` and ``no_mtp`` (the baseline without MTP): float64 ``[n_counts]``. ``boot`` and ``boot_no_mtp``: the
-    same fitted to resampled requests, ``[n_boot, n_counts]``. ``cells``: what was measured, how often, and its
-    median. ``spread_ratio``: median absolute deviation of a step's measured time over its fitted one. ``most_tokens``:
-    in memory, of the steps measured; beyond that context is extrapolated.
+    ``prices``: float64 ``[n_counts]``. ``boot``: the same fitted to resampled requests, ``[n_boot, n_counts]``.
+    ``cells``: what was measured, how often, and its median. ``spread_ratio``: median absolute deviation of a step's
+    measured time over its fitted one. ``most_tokens``: in memory, of the steps measured; beyond that context is
+    extrapolated.
     """
 
     n_max: int
     prices: np.ndarray
-    no_mtp: np.ndarray
     boot: np.ndarray
-    boot_no_mtp: np.ndarray
     cells: pl.DataFrame
     spread_ratio: float
     n_steps: int
@@ -67,7 +65,7 @@ class CostModel:
     @property
     def id(self) -> str:
         """Identity of the prices."""
-        return hashlib.sha256(np.round(np.concatenate((self.prices, self.no_mtp)), 6).tobytes()).hexdigest()[:12]
+        return hashlib.sha256(np.round(self.prices, 6).tobytes()).hexdigest()[:12]
 
 
 def fit(trace: TraceFile, n_max: int, n_boot: int = N_BOOT, seed: int = 0) -> CostModel:
@@ -75,23 +73,20 @@ def fit(trace: TraceFile, n_max: int, n_boot: int = N_BOOT, seed: int = 0) -> Co
     :class:`TracekitError` where something that is needed was never measured.
     """
     steps, drift = _Steps.read(trace, n_max).steadied(n_max)
-    prices, no_mtp = steps.prices(n_max)
+    prices = steps.prices(n_max)
     _price_long_catchups(steps.prompt_line, prices, n_max)
     rng = np.random.default_rng(seed)
     boot = []
     for _ in range(n_boot):
         drawn, level = steps.resampled(rng, drift)
-        priced = drawn.prices(n_max, otherwise=(prices, no_mtp))
-        priced[0][_FIXED] = prices[_FIXED]  # a line through a few dozen prompts; its uncertainty is not drawn
-        boot.append((priced[0] * level, priced[1] * level))
-    ratio = steps.wall / steps.fitted(prices, no_mtp, n_max)
-    of, of_no_mtp = zip(*boot, strict=True)
+        priced = drawn.prices(n_max, otherwise=prices)
+        priced[_FIXED] = prices[_FIXED]  # a line through a few dozen prompts; its uncertainty is not drawn
+        boot.append(priced * level)
+    ratio = steps.wall / steps.fitted(prices, n_max)
     return CostModel(
         n_max=n_max,
         prices=prices,
-        no_mtp=no_mtp,
-        boot=widened(np.array(of), prices, len(drift)),
-        boot_no_mtp=widened(np.array(of_no_mtp), no_mtp, len(drift)),
+        boot=widened(np.array(boot), prices, len(drift)),
         cells=steps.cells(),
         spread_ratio=deviation(ratio),
         n_steps=len(steps.wall),
@@ -148,8 +143,8 @@ class _Steps:
                    FROM steps WHERE n_draft_decodes > 0 OR n_ahead > 0),
                blocks AS (
                    SELECT run, request, count(*) FILTER (WHERE new) OVER (ORDER BY run, request) - 1 AS block
-                   FROM (SELECT *, prompt_id IS DISTINCT FROM lag(prompt_id) OVER (ORDER BY run, request) AS new
-                         FROM requests)),
+                   FROM (SELECT *, prompt_id = '' OR prompt_id IS DISTINCT FROM
+                                   lag(prompt_id) OVER (PARTITION BY run ORDER BY request) AS new FROM requests)),
                target AS (SELECT *, lag(n_tokens) OVER (PARTITION BY run ORDER BY step) AS width_before FROM steps)
                SELECT block, mtp, n_past,
                       NOT mtp AND arm <> 'no_mtp' AND coalesce(settings->>'memory', '') = 'snapshot' AS loaded,
@@ -192,7 +187,7 @@ class _Steps:
         blocks, slowness = self.block.astype(int), np.ones(int(self.block.max()) + 1)
         of_block, steady = members(blocks, len(slowness)), self
         for _ in range(3):
-            slowness *= slowness_of(steady.wall / steady.fitted(*steady.prices(n_max), n_max), of_block)
+            slowness *= slowness_of(steady.wall / steady.fitted(steady.prices(n_max), n_max), of_block)
             slowness /= slowness[blocks].mean()
             steady = self.slowed(1 / slowness[blocks])
         return steady, slowness
@@ -221,29 +216,26 @@ class _Steps:
         """Whether the target's batch had another width than the one before."""
         return (self.width != self.width_before).astype(float)
 
-    def prices(
-        self, n_max: int, otherwise: tuple[np.ndarray, np.ndarray] | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """``(prices, no_mtp)``; what these steps do not measure is taken from ``otherwise``, or refused without it."""
-        prices, no_mtp = np.zeros(kernel.n_counts(n_max)), np.zeros(kernel.n_counts(n_max))
-        before = otherwise or (None, None)
-        on, off = self.take(self.mtp == 1), self.take((self.mtp == 0) & (self.loaded == 0))
-        on._price_target(prices, n_max, before[0])
-        on._price_drafting(prices, n_max, before[0])
+    def prices(self, n_max: int, otherwise: np.ndarray | None = None) -> np.ndarray:
+        """Prices of all counts; what these steps do not measure is taken from ``otherwise``, or refused without it."""
+        prices, on = np.zeros(kernel.n_counts(n_max)), self.take(self.mtp == 1)
+        on._price_target(prices, n_max, otherwise)
+        on._price_drafting(prices, n_max, otherwise)
         on._price_host(prices)
-        if len(off.wall):
-            per_kv, reshape = prices[kernel.KV] + prices[kernel.KV_WIDTH], prices[kernel.RESHAPES]
-            no_mtp[kernel.KV], no_mtp[kernel.RESHAPES] = per_kv, reshape
-            no_mtp[kernel.STEPS] = robust_mean(off.wall - off.target)
-            no_mtp[_layout(n_max)[0]][1] = robust_mean(off.target - per_kv * off.kv - reshape * off.reshapes)
-        else:
-            no_mtp = before[1]
-        over, loaded = no_mtp[_PLAIN].sum(), self.take(self.loaded == 1)
-        if len(loaded.wall):
-            per_kv, reshape = no_mtp[kernel.KV], no_mtp[kernel.RESHAPES]
-            over = robust_mean(loaded.wall - per_kv * loaded.kv - reshape * loaded.reshapes)
-        prices[kernel.OVER] = over - prices[_PLAIN].sum()
-        return prices, no_mtp
+        bare = self.take((self.mtp == 0) & (self.loaded == 0))._plain_us(prices)
+        loaded = self.take(self.loaded == 1)._plain_us(prices)
+        if otherwise is not None:
+            bare = otherwise[[*_PLAIN, kernel.OVER, kernel.BARE]].sum() if bare is None else bare
+            loaded = bare - otherwise[kernel.BARE] if loaded is None else loaded
+        loaded = bare if loaded is None else loaded
+        prices[kernel.OVER], prices[kernel.BARE] = loaded - prices[_PLAIN].sum(), bare - loaded
+        return prices
+
+    def _plain_us(self, prices: np.ndarray) -> float | None:
+        """What these steps, plain ones, take without context; None where there are none."""
+        per_kv = prices[kernel.KV] + prices[kernel.KV_WIDTH]
+        time = self.wall - per_kv * self.kv - prices[kernel.RESHAPES] * self.reshapes
+        return robust_mean(time) if len(time) else None
 
     def _price_target(self, prices: np.ndarray, n_max: int, before: np.ndarray | None) -> None:
         widths = _layout(n_max)[0]
@@ -310,25 +302,20 @@ class _Steps:
         cells[1:] = isotonic_regression(cells[1:], weights=np.maximum(counts[1:], 1)).x
         return cells
 
-    def fitted(self, prices: np.ndarray, no_mtp: np.ndarray, n_max: int) -> np.ndarray:
+    def fitted(self, prices: np.ndarray, n_max: int) -> np.ndarray:
         """Fitted time of every step, microseconds."""
         widths, catchups = _layout(n_max)
-        on = self.mtp == 1
         width, rows = self.width.astype(int), self.rows.astype(int)
-
-        def price(index: int) -> np.ndarray:
-            return np.where(on, prices[index], no_mtp[index])
-
-        time = price(kernel.STEPS) + price(kernel.TOKENS) * self.emitted + price(kernel.KV) * self.kv
-        time += price(kernel.KV_WIDTH) * self.kv * self.width + price(kernel.RESHAPES) * self.reshapes
-        time += np.where(on, prices[widths][width], no_mtp[widths][width])
+        time = prices[kernel.STEPS] + prices[kernel.TOKENS] * self.emitted + prices[kernel.KV] * self.kv
+        time += prices[kernel.KV_WIDTH] * self.kv * self.width + prices[kernel.RESHAPES] * self.reshapes
+        time += prices[widths][width]
         drafting = prices[catchups][rows] + self.decodes * (
             prices[kernel.DRAFT_DECODES] + prices[kernel.KV_DRAFT] * self.kv
         )
         changed = (rows != self.rows_before) + ((self.decodes > 1) & (rows != 1))
         drafting += prices[kernel.DRAFT_ROUNDS] + prices[kernel.DRAFT_RESHAPES] * changed
-        over = prices[kernel.OVER] + prices[_PLAIN].sum() - no_mtp[_PLAIN].sum()
-        return time + np.where(self.decodes > 0, drafting, 0.0) + over * self.loaded
+        off = prices[kernel.OVER] + prices[kernel.BARE] * (self.loaded == 0)
+        return time + np.where(self.decodes > 0, drafting, 0.0) + np.where(self.mtp == 0, off, 0.0)
 
     def cells(self) -> pl.DataFrame:
         """How often each batch width and each number of rows was measured, with its plain median time."""

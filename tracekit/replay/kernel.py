@@ -32,8 +32,9 @@ PROMPT_CATCHUPS = 14  # prompts caught up while they were read, because the poli
 PROMPT_CATCHUP_ROWS = 15
 RESHAPES = 16  # target decodes of another width than the one before: llama.cpp builds its graph again
 DRAFT_RESHAPES = 17  # the same for the MTP context
-OVER = 18  # steps after the policy's NEVER: the engine is as if without MTP
-N_SCALARS = 19
+OVER = 18  # steps after the policy's NEVER: no hidden states are copied out any more
+BARE = 19  # of these, without MTP even loaded: no walk's, but the baseline's
+N_SCALARS = 20
 KV_BLOCK = 256  # cells are read in whole blocks: llama.cpp, src/llama-kv-cache.cpp, get_n_kv
 
 

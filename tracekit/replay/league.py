@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,7 +20,7 @@ from tracekit.trace.store import TraceFile
 
 _LEVELS = (0.025, 0.975)
 N_DRAWS = 1000  # of requests
-_CHUNK = 64  # policies whose counts are held at once
+_MOST_BYTES = 256 << 20  # of counts that are held at once
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,11 @@ class League:
         self.serving = serving or Serving()
         rng = np.random.default_rng(seed)
         n, n_boot = self.positions.n_requests, len(self.cost.boot)
-        draws = rng.multinomial(n, np.full(n, 1 / n), n_boot * max(1, N_DRAWS // n_boot))
-        self._draws = draws.reshape(-1, n_boot, n)  # of each there is one with every draw of the costs
+        # how often each request is drawn, one with every draw of the costs: uint16 [N_DRAWS // n_boot, n_boot, n]
+        draws = (rng.multinomial(n, np.full(n, 1 / n), n_boot) for _ in range(max(1, N_DRAWS // n_boot)))
+        self._draws = [np.minimum(times, 2**16 - 1).astype(np.uint16) for times in draws]
         self.tokens = self.serving.tokens(self.positions)
-        self._off = self.counts([rule("off")()])[0]
+        self.no_mtp_counts = self.serving.no_mtp_counts(self.positions)
         self.clairvoyant_us = clairvoyant_us(self.positions.fills[-1], self.cost) if self.serving.n_slots == 1 else None
 
     @classmethod
@@ -104,19 +105,19 @@ class League:
     @property
     def no_mtp_us(self) -> np.ndarray:
         """Predicted time of each request without MTP, microseconds; with several slots its share of the machine."""
-        return self._off @ self.cost.no_mtp
+        return self.no_mtp_counts @ self.cost.prices
 
     def no_mtp_speed(self) -> Interval:
         """Tokens per second without MTP."""
-        return self._speed(self._off, self.cost.no_mtp, self.cost.boot_no_mtp)
+        return self._speed(self.no_mtp_counts)
 
     @property
     def warning(self) -> str:
         """What one should know before trusting the prices; empty where there is nothing."""
-        longest, known = int((self.positions.n_prompt + self.positions.n_generated).max()), self.cost.most_tokens
         if self.serving.n_slots > 1:
-            apart = "llama.cpp splits batches of a recurrent memory otherwise than times over several slots assume"
-            return apart if self.serving.memory == "snapshot" else ""
+            unlike = self.trace and self.serving.unlike(Serving.of(self.trace, self.serving.n_slots))
+            return f"times are of other settings than the trace's: {unlike}" if unlike else ""
+        longest, known = int((self.positions.n_prompt + self.positions.n_generated).max()), self.cost.most_tokens
         if longest <= known:
             return ""
         return f"requests reach {longest} tokens, times were measured up to {known}: beyond, context is extrapolated"
@@ -130,7 +131,7 @@ class League:
         return [rule("static")(n_max=n) for n in range(1, self.positions.n_max + 1)]
 
     def usual_policies(self) -> list[Policy]:
-        """What one looks at first: ``off``, fixed lengths and the seed's fallback, as far as drafts were recorded."""
+        """What one looks at first: ``off``, fixed lengths and the fallback, as far as drafts were recorded."""
         n_max = self.positions.n_max
         lengths = sorted({1, 2, 4, n_max} & set(range(1, n_max + 1)))
         return [rule("off")(), *(rule("static")(n_max=n) for n in lengths), rule("fallback")(n_max=n_max)]
@@ -142,9 +143,9 @@ class League:
         is below 1 the interval spans what lies between no and every unknown draft being right. ``regret``: time lost
         against the clairvoyant optimum, over its time; None with several slots.
         """
-        rows = []
-        for start in range(0, len(policies), _CHUNK):
-            some = policies[start : start + _CHUNK]
+        rows, chunk = [], max(1, _MOST_BYTES // self.no_mtp_counts.nbytes)
+        for start in range(0, len(policies), chunk):
+            some = policies[start : start + chunk]
             rows += [self._row(*of) for of in zip(some, *self.filled_counts(some), strict=True)]
         return pl.DataFrame(rows)
 
@@ -209,19 +210,16 @@ class League:
         """Tokens per second of requests whose counts, int64 ``[n_requests, n_counts]``, are ``filled`` in each of the
         fills, of all or of ``member`` ones.
         """
-        first, *others = (self._speed(known, self.cost.prices, self.cost.boot, member) for known in filled)
+        first, *others = (self._speed(known, member) for known in filled)
         return first.around(others)
 
     def speed_of_these(self, policy: Policy | None) -> Interval:
         """Tokens per second of exactly these requests under ``policy`` (None: no MTP); the interval is the cost
         model's alone.
         """
-        known = self._off if policy is None else self.counts([policy])[0]
-        prices, boot = (
-            (self.cost.no_mtp, self.cost.boot_no_mtp) if policy is None else (self.cost.prices, self.cost.boot)
-        )
+        known = self.no_mtp_counts if policy is None else self.counts([policy])[0]
         total, tokens = known.sum(0), 1e6 * self.tokens.sum()
-        return _interval(tokens / (total @ prices), tokens / (boot @ total))
+        return _interval(tokens / (total @ self.cost.prices), tokens / (self.cost.boot @ total))
 
     def gain(self, filled: Sequence[np.ndarray], member: np.ndarray | None = None) -> Interval:
         """Speed-up against no MTP, as above; numerator and denominator share every draw."""
@@ -231,25 +229,27 @@ class League:
     def _gain(self, known: np.ndarray, member: np.ndarray | None) -> Interval:
         chosen = slice(None) if member is None else member
         value = self.no_mtp_us[chosen].sum() / (known[chosen] @ self.cost.prices).sum()
-        time = self._drawn_us(known, self.cost.boot, chosen)
-        return _interval(value, self._drawn_us(self._off, self.cost.boot_no_mtp, chosen) / time)
+        return _interval(value, self._drawn_us(self.no_mtp_counts, chosen) / self._drawn_us(known, chosen))
 
-    def _speed(
-        self, known: np.ndarray, prices: np.ndarray, boot: np.ndarray, member: np.ndarray | None = None
-    ) -> Interval:
+    def _speed(self, known: np.ndarray, member: np.ndarray | None = None) -> Interval:
         chosen = slice(None) if member is None else member
-        value = 1e6 * self.tokens[chosen].sum() / (known[chosen] @ prices).sum()
-        return _interval(value, 1e6 * (self._drawn(chosen) @ self.tokens[chosen]) / self._drawn_us(known, boot, chosen))
+        tokens, times = self.tokens[chosen], self._drawn_us(known, chosen)
+        drawn = np.array([weights @ tokens for weights in self._drawn(chosen)])
+        return _interval(1e6 * tokens.sum() / (known[chosen] @ self.cost.prices).sum(), 1e6 * drawn / times)
 
-    def _drawn(self, chosen: np.ndarray | slice) -> np.ndarray:
-        """How often each chosen request is in each draw; a draw without any of them counts them once each."""
-        draws = self._draws[:, :, chosen].astype(float)
-        draws[draws.sum(2) == 0] = 1.0
-        return draws
+    def _drawn(self, chosen: np.ndarray | slice) -> Iterator[np.ndarray]:
+        """How often each chosen request is in each draw, float64 ``[n_boot, n]`` some draws at a time; a draw without
+        any of them counts them once each.
+        """
+        for draws in self._draws:
+            weights = draws[:, chosen].astype(float)
+            weights[weights.sum(1) == 0] = 1.0
+            yield weights
 
-    def _drawn_us(self, known: np.ndarray, boot: np.ndarray, chosen: np.ndarray | slice) -> np.ndarray:
+    def _drawn_us(self, known: np.ndarray, chosen: np.ndarray | slice) -> np.ndarray:
         """Total time of each draw's requests under that draw's cost model: float64 ``[n, n_boot]``."""
-        return (self._drawn(chosen) * (boot @ known[chosen].T)).sum(2)
+        times = self.cost.boot @ known[chosen].T
+        return np.array([(weights * times).sum(1) for weights in self._drawn(chosen)])
 
 
 def _interval(value: float, drawn: np.ndarray) -> Interval:

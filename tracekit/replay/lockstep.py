@@ -26,19 +26,21 @@ HOST_DRAFTERS = HOST + 6  # slots that drafted
 BATCHES = HOST + 7  # passes of the target over its weights
 BATCHES_MTP = HOST + 8  # of these, with hidden states extracted
 ROWS_MTP = HOST + 9
-OUTPUTS = HOST + 10  # rows whose logits were wanted
-RESHAPES = HOST + 11  # passes of another shape than the one before: llama.cpp builds its graph again
-KV = HOST + 12  # cells that attention reads, summed over passes
-KV_ROWS = HOST + 13  # the same times the rows that read them
-DRAFT_FIRSTS = HOST + 14  # steps whose drafting began: the batch is put together
-DRAFT_DECODES = HOST + 15  # of the MTP context
-DRAFT_OUTPUTS = HOST + 16
-DRAFT_PROBS = HOST + 17  # of these outputs, with the draft's probability measured
-DRAFT_RESHAPES = HOST + 18
-KV_DRAFT = HOST + 19
-AHEADS = HOST + 20  # prompts caught up as they were read
-AHEAD_ROWS = HOST + 21
-ROWS = HOST + 22  # stretches of target rows
+BATCHES_LOADED = HOST + 10  # passes without hidden states, but with snapshots of a recurrent memory's state
+ROWS_LOADED = HOST + 11
+OUTPUTS = HOST + 12  # rows whose logits were wanted
+RESHAPES = HOST + 13  # passes of another shape than the one before: llama.cpp builds its graph again
+KV = HOST + 14  # cells that attention reads, summed over passes
+KV_ROWS = HOST + 15  # the same times the rows that read them
+DRAFT_FIRSTS = HOST + 16  # steps whose drafting began: the batch is put together
+DRAFT_DECODES = HOST + 17  # of the MTP context
+DRAFT_OUTPUTS = HOST + 18
+DRAFT_PROBS = HOST + 19  # of these outputs, with the draft's probability measured
+DRAFT_RESHAPES = HOST + 20
+KV_DRAFT = HOST + 21
+AHEADS = HOST + 22  # prompts caught up as they were read
+AHEAD_ROWS = HOST + 23
+ROWS = HOST + 24  # stretches of target rows
 KNOTS = np.array([*range(8), *range(8, 16, 2), *range(16, 32, 4), *range(32, 64, 8), 64, 80, 96, 128, 160, 192, 256])
 N_KNOTS = len(KNOTS)
 DRAFT_ROWS = ROWS + N_KNOTS  # stretches of MTP rows
@@ -61,11 +63,13 @@ def stretch(counts, at, rows):
         counts[at + i] += min(rows, end) - KNOTS[i]
 
 
-def book_pass(counts, rows, seqs, cells, shape, before, mtp):
+def book_pass(counts, rows, seqs, cells, shape, before, mtp, loaded):
     """One pass of the target over ``rows`` rows of ``seqs`` sequences with ``cells`` cells each; its shape."""
     counts[BATCHES] += 1
     counts[BATCHES_MTP] += mtp
     counts[ROWS_MTP] += rows * mtp
+    counts[BATCHES_LOADED] += loaded
+    counts[ROWS_LOADED] += rows * loaded
     counts[RESHAPES] += shape != before
     counts[KV] += cells * seqs
     counts[KV_ROWS] += cells * rows
@@ -73,13 +77,39 @@ def book_pass(counts, rows, seqs, cells, shape, before, mtp):
     return shape
 
 
-def book_target(counts, rows, past, n_prompt, n_read, n_ubatch, unified, mtp, before):
+def next_pass(left, n_ubatch, apart, tail):
+    """The slots ``first`` to ``last``, ``seqs`` of them, that the next pass takes ``each`` rows of, where ``left``
+    int64 ``[n_slots]`` rows of each are still to be taken: ``(first, last, seqs, each)``.
+
+    Source: llama.cpp, src/llama-batch.cpp, split_equal: of all slots equally many rows; with memories ``apart`` of
+    neighbours only. The last ``tail`` rows of a slot stay in one pass (0: they need not).
+    """
+    first, last, seqs, least = -1, -1, 0, 0
+    for s in range(len(left)):
+        if left[s] > 0 and (seqs == 0 or s == last + 1 or not apart):
+            first = s if seqs == 0 else first
+            least = left[s] if seqs == 0 else min(least, left[s])
+            last = s
+            seqs += 1
+    each = min(least, max(1, n_ubatch // seqs))
+    whole = 0
+    for s in range(first, last + 1):
+        if left[s] > 0:
+            if 0 < left[s] - each < tail:
+                if whole == 0:
+                    return s, s, 1, left[s]
+                return first, s - 1, whole, each
+            whole += 1
+    return first, last, seqs, each
+
+
+def book_target(counts, rows, past, n_prompt, n_read, n_ubatch, unified, tail, mtp, before):
     """The target's part of one step; returns the shape of its last pass, ``before`` being that of the last one.
 
     ``rows`` int64 ``[n_slots]``: of each slot that generates, 0 elsewhere; ``past``: tokens it has in memory.
-    ``n_prompt``: rows of prompts, ``n_read``: those read before. In one memory (``unified``) a batch is one pass.
-    Otherwise every pass takes equally many rows of neighbouring slots: llama.cpp, src/llama-batch.cpp, split_equal.
-    Prompts' rows, whose slots a trace does not tell, count as a pass of their own there.
+    ``n_prompt``: rows of prompts, ``n_read``: those read before. In one memory of attention only (``unified``, ``tail``
+    below 0) a batch is one pass, otherwise :func:`next_pass` splits it. Prompts' rows, whose slots a trace does not
+    tell, count as a pass of their own there.
     """
     n = 0
     tokens = n_prompt + n_read
@@ -87,32 +117,30 @@ def book_target(counts, rows, past, n_prompt, n_read, n_ubatch, unified, mtp, be
         n += rows[s]
         tokens += rows[s] + past[s] * (rows[s] > 0)
     counts[OUTPUTS] += n
-    if unified:
+    loaded = tail > 0 and not mtp
+    if unified and tail < 0:
         left = n + n_prompt
         while left > 0:
             size = min(left, n_ubatch)
-            before = book_pass(counts, size, 1, n_kv(tokens), size, before, mtp)
+            before = book_pass(counts, size, 1, n_kv(tokens), size, before, mtp, loaded)
             left -= size
         return before
     left_of = rows.copy()
     while n > 0:
-        first, seqs, last, least, longest = -1, 0, -1, 0, 0
-        for s in range(len(rows)):
-            if left_of[s] > 0 and (seqs == 0 or s == last + 1):
-                first = s if seqs == 0 else first
-                least = left_of[s] if seqs == 0 else min(least, left_of[s])
-                longest = max(longest, past[s] + rows[s])
-                last = s
-                seqs += 1
-        each = min(least, max(1, n_ubatch // seqs))
+        first, last, seqs, each = next_pass(left_of, n_ubatch, not unified, tail)
+        longest = taken = 0
         for s in range(first, last + 1):
-            left_of[s] -= each
+            if left_of[s] > 0:
+                left_of[s] -= each
+                longest = max(longest, past[s] + rows[s])
+                taken = (taken * 257 + s + 1) % 1_000_003  # which slots: a graph is for these sequences
         n -= seqs * each
-        shape = (first * len(rows) + seqs) * 65536 + each
-        before = book_pass(counts, seqs * each, seqs, n_kv(longest), shape, before, mtp)
+        shape = taken * 65536 + each
+        memories, cells = (1, n_kv(tokens)) if unified else (seqs, n_kv(longest))
+        before = book_pass(counts, seqs * each, memories, cells, shape, before, mtp, loaded)
     while n_prompt > 0:
         size = min(n_prompt, n_ubatch)
-        before = book_pass(counts, size, 1, n_kv(n_read + n_prompt), -size, before, mtp)
+        before = book_pass(counts, size, 1, n_kv(n_read + n_prompt), -size, before, mtp, loaded)
         n_prompt -= size
     return before
 
@@ -187,11 +215,12 @@ def drafts_of(asked, room, p_min, probs, n_max):
 def run_queue(params, is_shared, sizes, arrays, counts, rounds):
     """Every request under one policy, in order, over all slots; fills ``counts`` (zeroed, ``[n_requests, N_COUNTS]``).
 
-    ``sizes``: slots, most rows of a batch, most of a pass, whether the slots share one memory, and requests of a wave:
-    a wave waits for the one before to end. ``rounds`` int16 ``[n_positions, 2]`` gets ``(drafted, accepted)`` of every
-    step of each request from its first position on, or is empty.
+    ``sizes``: slots, most rows of a batch, most of a pass, whether the slots share one memory, rows that it keeps
+    together (:func:`book_target`), and requests of a wave: a wave waits for the one before to end. ``rounds`` int16
+    ``[n_positions, 2]`` gets ``(drafted, accepted)`` of every step of each request from its first position on, or is
+    empty.
     """
-    n_slots, n_batch, n_ubatch, unified, wave = sizes
+    n_slots, n_batch, n_ubatch, unified, tail, wave = sizes
     first, n_generated, n_prompt, max_tokens, n_ctx, match, known, probs = arrays
     n_max = probs.shape[1]
     common = begin(params)
@@ -270,7 +299,7 @@ def run_queue(params, is_shared, sizes, arrays, counts, rounds):
                 chunk[s] = min(free_rows, n_prompt[request[s]] - past[s])
                 free_rows -= chunk[s]
                 prompt_rows += chunk[s]
-        shape = book_target(of_step, rows, past, prompt_rows, n_read, n_ubatch, unified, mtp, shape)
+        shape = book_target(of_step, rows, past, prompt_rows, n_read, n_ubatch, unified, tail, mtp, shape)
         n_emitted = ahead_rows = finished = 0
         for s in range(n_slots):  # verify, read, learn
             r = request[s]
@@ -334,9 +363,10 @@ def book_steps(starts, slots, n_past, prompts, drafts, sizes, counts):
     Step ``i`` has the rows ``starts[i]`` to ``starts[i + 1]`` of ``slots``, int64: slot, target rows, tokens in memory,
     MTP decodes, whether probabilities were measured, tokens emitted. ``prompts`` int64 ``[n_steps, 4]``: rows of
     prompts, rows read before, rows caught up while they were read, and prompts finished. ``drafts`` int64 ``[n_steps,
-    3]``: rows of the first MTP decode, whether hidden states were extracted, whether the step is a run's first.
+    4]``: rows of the first MTP decode, whether hidden states were extracted, whether the step is a run's first, and
+    whether MTP was loaded: without, a recurrent memory takes no snapshots.
     """
-    n_slots, _, n_ubatch, unified, _ = sizes
+    n_slots, _, n_ubatch, unified, tail, _ = sizes
     shape = draft_rows = -1
     for i in range(len(counts)):
         of_step = counts[i]
@@ -352,7 +382,8 @@ def book_steps(starts, slots, n_past, prompts, drafts, sizes, counts):
             shape = draft_rows = -1
         mtp = drafts[i, 1] > 0
         draft_rows = book_drafts(of_step, decodes, probed, drafts[i, 0], n_past[i], draft_rows)
-        shape = book_target(of_step, rows, past, prompts[i, 0], prompts[i, 1], n_ubatch, unified, mtp, shape)
+        kept = tail if drafts[i, 3] else min(tail, 0)
+        shape = book_target(of_step, rows, past, prompts[i, 0], prompts[i, 1], n_ubatch, unified, kept, mtp, shape)
         if prompts[i, 2] > 0:
             draft_rows = book_ahead(of_step, prompts[i, 2], prompts[i, 3])
         book_host(of_step, starts[i + 1] - starts[i], emitted, mtp)

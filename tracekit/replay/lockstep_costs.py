@@ -22,8 +22,9 @@ from tracekit.replay.costs import N_BOOT, CostModel, measured_cells
 from tracekit.replay.robust import LEAST, deviation, members, pulled_in, slowness_of, widened
 from tracekit.trace.store import TraceFile
 
-Sizes = tuple[int, int, int, bool, int]  # tracekit.replay.serving.Serving.sizes
+Sizes = tuple[int, int, int, bool, int, int]  # tracekit.replay.serving.Serving.sizes
 _MOST = 100 * lockstep.N_COUNTS  # iterations: SciPy's default of a few per price is an error where prices trade places
+_BARE = ~pl.col("mtp") & ~pl.col("snapshots")  # steps without MTP, or as if
 _ROWS = np.arange(lockstep.ROWS, lockstep.DRAFT_ROWS)
 _DRAFT_ROWS = np.arange(lockstep.DRAFT_ROWS, lockstep.N_COUNTS)
 _PARTS = {  # what was measured, and the counts it is made of
@@ -58,9 +59,7 @@ def fit(trace: TraceFile, n_max: int, sizes: Sizes, n_boot: int = N_BOOT, seed: 
     return CostModel(
         n_max=n_max,
         prices=prices,
-        no_mtp=prices,
         boot=boot,
-        boot_no_mtp=boot,
         cells=steps.cells(),
         spread_ratio=deviation(ratio),
         n_steps=len(steps.wall),
@@ -89,8 +88,9 @@ class _Steps:
 
     @classmethod
     def read(cls, trace: TraceFile, n_max: int, sizes: Sizes) -> _Steps:
-        n_slots, unified = sizes[0], sizes[3]
+        n_slots, unified, snapshots = sizes[0], sizes[3], sizes[4] > 0
         frame, slots = _read(trace, n_slots)
+        frame = frame.with_columns(snapshots=pl.col("loaded") & snapshots)
         recorded = trace.runs["settings"].str.json_path_match("$.kv_unified") == "true"
         if (recorded.fill_null(False) != unified).any():
             raise TracekitError(
@@ -109,12 +109,18 @@ class _Steps:
             )
         if (frame["n_draft_decodes"] > 0).sum() < LEAST:
             raise TracekitError(f"{trace.path}: fewer than {LEAST} of its steps drafted; {advice}")
-        if (~full["mtp"]).sum() < LEAST:
-            missing = advice if calibration else "record with --baseline"
+        missing = advice if calibration else "record with --baseline"
+        if full.filter(_BARE).height < LEAST:
             raise TracekitError(f"{trace.path}: no baseline of {n_slots} slots without MTP was recorded; {missing}")
+        if snapshots and full.filter(~pl.col("mtp") & pl.col("loaded")).height < LEAST:
+            raise TracekitError(
+                f"{trace.path}: what snapshots cost {n_slots} slots that draft nothing was not recorded; {missing}"
+            )
         times = {name: frame[f"{name}_us"].to_numpy().astype(float) for name in ("target", "draft", "catchup", "wall")}
         times["host"] = times["wall"] - times["target"] - times["draft"] - times["catchup"]
         counts = _counts(frame, slots, sizes)
+        if (counts[:, lockstep.DRAFT_PROBS] == counts[:, lockstep.DRAFT_OUTPUTS]).all():
+            counts[:, lockstep.DRAFT_PROBS] = 0.0  # measured of every draft, as in a calibration: of each, its price
         alike, joined = _alike(counts), np.zeros_like(counts)
         np.add.at(joined.T, alike, counts.T)
         return cls(frame, alike, joined, frame["block"].to_numpy(), times)
@@ -156,7 +162,7 @@ class _Steps:
         """How often each number of target rows and of rows caught up was measured, with its plain median time."""
         plain = self.frame.filter(pl.col("n_prompt") == 0)
         parts = (
-            ("no MTP", plain.filter(~pl.col("mtp")), "n_tokens", "target_us"),
+            ("no MTP", plain.filter(_BARE), "n_tokens", "target_us"),
             ("target rows", plain.filter("mtp"), "n_tokens", "target_us"),
             ("catch-up rows", plain.filter(pl.col("n_draft_decodes") > 0), "n_catchup", "first_draft_us"),
         )
@@ -171,16 +177,20 @@ def _read(trace: TraceFile, n_slots: int) -> tuple[pl.DataFrame, pl.DataFrame]:
            FROM verifications JOIN requests USING (run, request) WHERE n_generated > 0 ORDER BY run, step, slot"""
     )
     frame = trace.frame(
-        """WITH firsts AS (SELECT run, prompt_id, min(request) AS first FROM requests GROUP BY ALL),
-               ranks AS (SELECT run, prompt_id, row_number() OVER (ORDER BY run, first) - 1 AS rank FROM firsts),
-               of_request AS (SELECT run, request, rank, n_prompt FROM requests JOIN ranks USING (run, prompt_id)),
+        """WITH prompts AS (SELECT *, CASE WHEN prompt_id = '' THEN request END AS own FROM requests),
+               firsts AS (SELECT run, prompt_id, own, min(request) AS first FROM prompts GROUP BY ALL),
+               ranks AS (SELECT *, row_number() OVER (PARTITION BY run ORDER BY first) - 1 AS rank FROM firsts),
+               of_request AS (
+                   SELECT p.run, request, arm, rank, n_prompt FROM prompts p JOIN ranks r
+                   ON p.run = r.run AND p.prompt_id = r.prompt_id AND p.own IS NOT DISTINCT FROM r.own),
                started AS (
                    SELECT run, step, count(*) AS n, sum(n_prompt) AS read
                    FROM verifications JOIN of_request USING (run, request) WHERE n_generated = 0 GROUP BY ALL),
                served AS (
-                   SELECT run, step, min(rank) AS rank, count(*) FILTER (n_generated > 0) AS known
+                   SELECT run, step, min(rank) AS rank, bool_or(arm <> 'no_mtp') AS loaded,
+                          count(*) FILTER (n_generated > 0) AS known
                    FROM verifications JOIN of_request USING (run, request) GROUP BY ALL)
-           SELECT s.*, coalesce(started.n, 0) AS n_started, served.rank, coalesce(served.known, 0) AS known,
+           SELECT s.*, coalesce(started.n, 0) AS n_started, served.rank, loaded, coalesce(served.known, 0) AS known,
                   sum(s.n_prompt) OVER so_far - s.n_prompt - coalesce(sum(started.read) OVER before, 0) AS n_read
            FROM steps s LEFT JOIN started USING (run, step) LEFT JOIN served USING (run, step)
            WINDOW so_far AS (PARTITION BY s.run ORDER BY s.step ROWS UNBOUNDED PRECEDING),
@@ -189,10 +199,11 @@ def _read(trace: TraceFile, n_slots: int) -> tuple[pl.DataFrame, pl.DataFrame]:
     )
     together = 1 if (trace.runs["mode"] == "calibration").all() else 2 * n_slots  # prompts of one block: a wave
     frame = frame.with_columns(
-        block=(pl.col("rank").backward_fill().forward_fill() // together).cast(pl.Int64),
+        block=pl.col("rank").backward_fill().over("run").forward_fill().over("run").cast(pl.Int64) // together,
         first=pl.col("run") != pl.col("run").shift(1, fill_value=-1),
+        loaded=pl.col("loaded").backward_fill().over("run").forward_fill().over("run").fill_null(True),
     ).filter(pl.col("known") == pl.col("n_slots"))
-    frame = frame.with_columns(pl.col("block").rank("dense").cast(pl.Int64) - 1)
+    frame = frame.with_columns(block=pl.struct("run", "block").rle_id().cast(pl.Int64))
     return frame, slots.join(frame.select("run", "step"), on=["run", "step"], how="semi", maintain_order="left")
 
 
@@ -208,7 +219,7 @@ def _counts(frame: pl.DataFrame, slots: pl.DataFrame, sizes: Sizes) -> np.ndarra
         whole(slots, "slot", "rows", "past", "n_decodes", "probed", "emitted"),
         whole(frame, "n_past")[:, 0],
         whole(frame, "n_prompt", "n_read", "n_ahead", "n_started"),
-        whole(frame, "n_catchup", "mtp", "first"),
+        whole(frame, "n_catchup", "mtp", "first", "loaded"),
         (most, *sizes[1:]),
         counts,
     )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from tracekit.errors import TracekitError
-from tracekit.policy.rule import Policy
-from tracekit.replay import costs, lockstep, lockstep_costs, simulate
+from tracekit.policy.rule import Policy, rule
+from tracekit.replay import costs, kernel, lockstep, lockstep_costs, simulate
 from tracekit.replay.arrays import Positions
 from tracekit.replay.costs import CostModel
 from tracekit.trace.store import TraceFile
@@ -19,7 +20,8 @@ from tracekit.trace.store import TraceFile
 @dataclass(frozen=True)
 class Serving:
     """``n_slots`` slots, batches of at most ``n_batch`` tokens in passes of ``n_ubatch``, one memory for all slots or
-    not (the engine's settings of these names), which forgets rejected drafts as ``memory`` says.
+    not (the engine's settings of these names). ``tail``: the last rows of a slot that one pass must take, for snapshots
+    of a recurrent state to go back to; -1: attention only.
 
     With one slot a request's time is that of its generation. With several, requests queue in the trace's order, all
     from the start or in waves of ``wave`` requests, each when the one before has ended; and a request's time is its
@@ -31,7 +33,7 @@ class Serving:
     n_ubatch: int = 512
     kv_unified: bool = False
     wave: int | None = None
-    memory: str = "partial"
+    tail: int = -1
 
     @classmethod
     def of(cls, trace: TraceFile, n_slots: int | None = None, wave: int | None = None) -> Serving:
@@ -39,9 +41,17 @@ class Serving:
         if n_slots is not None and n_slots < 1:
             raise TracekitError(f"--parallel {n_slots}: 1 or more")
         last = json.loads(trace.runs["settings"][-1])
-        most, memory = n_slots or last["n_slots"], last.get("memory", "partial")
+        most, tail = n_slots or last["n_slots"], last["n_max"] + 1 if last.get("memory") == "snapshot" else -1
         unified = last.get("kv_unified", False) and most > 1
-        return cls(most, last["n_batch"], last["n_ubatch"], unified, wave, memory)
+        return cls(most, last["n_batch"], last["n_ubatch"], unified, wave, tail)
+
+    def unlike(self, other: Any) -> str:
+        """How batches are made otherwise than by ``other``, another serving or an engine's settings; empty where they
+        are not, and with one slot.
+        """
+        names = ("kv_unified", "n_batch", "n_ubatch") if self.n_slots > 1 else ()
+        pairs = ((name, getattr(self, name), getattr(other, name)) for name in names)
+        return ", ".join(f"{name} {mine} and not {its}" for name, mine, its in pairs if mine != its)
 
     @property
     def shortest(self) -> int:
@@ -51,7 +61,7 @@ class Serving:
     @property
     def sizes(self) -> lockstep_costs.Sizes:
         """What the simulator takes."""
-        return self.n_slots, self.n_batch, self.n_ubatch, self.kv_unified, self.wave or 1 << 62
+        return self.n_slots, self.n_batch, self.n_ubatch, self.kv_unified, self.tail, self.wave or 1 << 62
 
     def fit(self, trace: TraceFile, n_max: int) -> CostModel:
         """What things cost when served like this, for drafts of up to ``n_max`` tokens, from the times in ``trace``.
@@ -70,6 +80,12 @@ class Serving:
         if self.n_slots == 1:
             return simulate.counts(policies, positions)
         return self._in_lockstep(policies, positions, np.zeros((0, 2), np.int16))
+
+    def no_mtp_counts(self, positions: Positions) -> np.ndarray:
+        """The same, ``[n_requests, n_counts]``, of the baseline: MTP is not loaded, nor are snapshots taken."""
+        found = replace(self, tail=min(self.tail, 0)).counts([rule("off")()], positions)[0]
+        found[:, kernel.BARE] = found[:, kernel.OVER]
+        return found
 
     def _in_lockstep(self, policies: Sequence[Policy], positions: Positions, rounds: np.ndarray) -> np.ndarray:
         out = np.empty((len(policies), positions.n_requests, lockstep.N_COUNTS))

@@ -17,21 +17,22 @@ from tracekit.tune.space import grid, neighbours
 _REFINED = 8  # best policies whose neighbourhood is tried
 _FRACTIONS = (0.5, 0.25)  # of a grid step
 _STRICTER = 20  # times that the selection is made stricter
+_MOST_TIMES = 1 << 24  # of single requests that are held at once
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Search:
-    """What a search found. ``times`` float64 ``[n_policies, n_requests]``: predicted microseconds; ``chosen``: index
-    of the winner, ``off`` is 0.
+    """What a search found. ``chosen``: index of the winner in ``policies``, ``off`` is 0; ``total_us`` float64
+    ``[n_policies]``: predicted microseconds of all requests.
 
     ``held_out``: the policy index chosen, for each request, without it. ``allowed``: the slowdown the selection
     allowed in the end.
     """
 
     policies: list[Policy]
-    times: np.ndarray
+    total_us: np.ndarray
     chosen: int
     held_out: np.ndarray
     allowed: float
@@ -64,80 +65,114 @@ def search(
         raise TracekitError(f"--folds {folds}: between 2 and the number of requests in the trace, {n}")
     if seed < 0:
         raise TracekitError(f"--seed {seed}: 0 or more")
-    policies = grid(space, league.positions.n_max)
-    times = _times(league, policies, progress)
+    policies, everything = grid(space, league.positions.n_max), np.ones(folds, bool)
     fold = _folds(league.positions.categories, folds, seed)
+    times = _Times.of(league, fold)
+    times.add(policies, progress)
     for fraction in _FRACTIONS:
-        best = _ranked(league, times, np.ones(n, bool), max_slowdown)[:_REFINED]
+        best = times.ranked(everything, max_slowdown)[:_REFINED]
         known = set(policies)
         beside = neighbours([policies[i] for i in best], space, league.positions.n_max, fraction)
         fresh = [p for p in beside if p not in known]
         if fresh:
             policies = policies + fresh
-            times = np.concatenate((times, _times(league, fresh, None)))
+            times.add(fresh, None)
     allowed = max_slowdown
     for _ in range(_STRICTER):
-        held_out, closest = np.zeros(n, int), -np.inf
+        best, closest = np.zeros(folds, int), -np.inf
         for k in range(folds):
-            best = _ranked(league, times, fold != k, allowed)[0]
-            held_out[fold == k] = best
-            closest = max(closest, worst_slowdown(league, times[best], fold != k))
-        chosen = int(_ranked(league, times, np.ones(n, bool), allowed)[0])
-        excess = worst_slowdown(league, times[held_out, np.arange(n)]) - max_slowdown
+            seen = np.arange(folds) != k
+            best[k] = times.ranked(seen, allowed)[0]
+            closest = max(closest, times.slowdown(np.full(folds, best[k]), seen))
+        chosen = int(times.ranked(everything, allowed)[0])
+        excess = times.slowdown(best, everything) - max_slowdown
         if excess <= 0 or chosen == 0:
-            return Search(policies, times, chosen, held_out, allowed)
+            return Search(policies, times.total_us, chosen, best[fold], allowed)
         allowed = min(allowed - excess, closest - 1e-6)  # so that some fold selects another
-    return Search(policies, times, 0, np.zeros(n, int), allowed)
+    return Search(policies, times.total_us, 0, np.zeros(n, int), allowed)
 
 
-def _times(league: League, policies: Sequence[Policy], progress: Progress | None) -> np.ndarray:
-    """Predicted time of every policy on every request; ``off`` means not loading MTP at all."""
-    out = np.empty((len(policies), league.positions.n_requests))
-    for start in range(0, len(policies), 512):
-        out[start : start + 512] = league.times(policies[start : start + 512])
-        if progress:
-            progress(min(start + 512, len(policies)), len(policies))
-    off = [i for i, p in enumerate(policies) if p == rule("off")()]
-    out[off] = league.no_mtp_us
-    return out
+class _Times:
+    """Predicted microseconds of policies on the requests of each category and fold, ``off`` being no MTP: sums, float64
+    ``[n_policies, n_categories, n_folds]``, so that memory does not grow with policies times requests.
+    """
+
+    def __init__(self, league: League, cells: np.ndarray, n_categories: int, n_folds: int):
+        self._league, self._cells, self._shape = league, cells, (n_categories, n_folds)
+        self._sums = np.zeros((0, *self._shape))
+        self._no_mtp = self._summed(league.no_mtp_us[None])[0]
+
+    @classmethod
+    def of(cls, league: League, fold: np.ndarray) -> _Times:
+        """None yet, of requests in these folds."""
+        n_folds = int(fold.max()) + 1
+        category = np.zeros(len(fold), int)
+        for i, member in enumerate(league.members.values()):
+            category[member] = i
+        return cls(league, category * n_folds + fold, len(league.members), n_folds)
+
+    def _summed(self, times: np.ndarray) -> np.ndarray:
+        sums = np.array([np.bincount(self._cells, of, self._shape[0] * self._shape[1]) for of in times])
+        return sums.reshape(-1, *self._shape)
+
+    def add(self, policies: Sequence[Policy], progress: Progress | None) -> None:
+        """Predict more policies."""
+        chunk = int(np.clip(_MOST_TIMES // self._league.positions.n_requests, 1, 512))
+        for start in range(0, len(policies), chunk):
+            some = policies[start : start + chunk]
+            times = self._league.times(some)
+            times[[p == rule("off")() for p in some]] = self._league.no_mtp_us
+            self._sums = np.concatenate((self._sums, self._summed(times)))
+            if progress:
+                progress(min(start + chunk, len(policies)), len(policies))
+
+    @property
+    def total_us(self) -> np.ndarray:
+        """Of all requests: float64 ``[n_policies]``."""
+        return self._sums.sum((1, 2))
+
+    def ranked(self, seen: np.ndarray, allowed: float) -> np.ndarray:
+        """Indices of the policies that keep every category of the requests in the ``seen`` folds within ``allowed``,
+        fastest first; never empty.
+        """
+        times = self._sums[:, :, seen].sum(2)
+        safe = (times <= (1 + allowed) * self._no_mtp[:, seen].sum(1) + 1e-6).all(1)
+        safe[0] = True
+        return np.argsort(np.where(safe, times.sum(1), np.inf), kind="stable")[: int(safe.sum())]
+
+    def slowdown(self, chosen: np.ndarray, seen: np.ndarray) -> float:
+        """The largest slowdown against no MTP over the categories, of the requests in the ``seen`` folds, each fold
+        under the policy that is ``chosen`` for it: int ``[n_folds]``.
+        """
+        folds = np.flatnonzero(seen)
+        times, no_mtp = self._sums[chosen[folds], :, folds].sum(0), self._no_mtp[:, folds].sum(1)
+        return float((times[no_mtp > 0] / no_mtp[no_mtp > 0]).max() - 1)
 
 
 def _folds(categories: Sequence[str], folds: int, seed: int) -> np.ndarray:
     """A fold for every request, each category spread evenly."""
     rng = np.random.default_rng(seed)
     fold, next_fold = np.zeros(len(categories), int), 0
+    names = np.array(categories)
     for category in sorted(set(categories)):
-        members = rng.permutation([i for i, c in enumerate(categories) if c == category])
+        members = rng.permutation(np.flatnonzero(names == category))
         fold[members] = (next_fold + np.arange(len(members))) % folds
         next_fold += len(members)
     return fold
 
 
-def _ranked(league: League, times: np.ndarray, seen: np.ndarray, allowed: float) -> np.ndarray:
-    """Indices of the policies that keep every category of the ``seen`` requests within ``allowed``, fastest first;
-    never empty.
-    """
-    safe = np.ones(len(times), bool)
-    for member in league.members.values():
-        here = member & seen
-        safe &= times[:, here].sum(1) <= (1 + allowed) * league.no_mtp_us[here].sum() + 1e-6
-    safe[0] = True
-    total = np.where(safe, times[:, seen].sum(1), np.inf)
-    return np.argsort(total, kind="stable")[: int(safe.sum())]
-
-
-def worst_slowdown(league: League, time: np.ndarray, seen: np.ndarray | bool = True) -> float:
-    """The largest slowdown against no MTP over the categories, of times float64 ``[n_requests]``; of the ``seen``
-    requests.
-    """
-    here = [m & seen for m in league.members.values() if (m & seen).any()]
-    return max(float(time[m].sum() / league.no_mtp_us[m].sum() - 1) for m in here)
+def worst_slowdown(league: League, time: np.ndarray) -> float:
+    """The largest slowdown against no MTP over the categories, of times float64 ``[n_requests]``."""
+    return max(float(time[m].sum() / league.no_mtp_us[m].sum() - 1) for m in league.members.values())
 
 
 def held_out_counts(league: League, found: Search) -> list[np.ndarray]:
     """Counts of each request under the policy chosen without it, in each of the positions' fills: int64 ``[n_requests,
-    n_counts]``.
+    n_counts]``; where that is ``off``, those of the baseline.
     """
     used = sorted(set(found.held_out.tolist()))
     chosen = np.searchsorted(used, found.held_out), np.arange(league.positions.n_requests)
-    return [counts[chosen] for counts in league.filled_counts([found.policies[i] for i in used])]
+    filled = [counts[chosen] for counts in league.filled_counts([found.policies[i] for i in used])]
+    for counts in filled:
+        counts[found.held_out == 0] = league.no_mtp_counts[found.held_out == 0]
+    return filled

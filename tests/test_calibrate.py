@@ -21,7 +21,7 @@ from tracekit.errors import TracekitError
 from tracekit.model.prompt_sets import load
 from tracekit.replay import kernel
 from tracekit.replay.arrays import positions
-from tracekit.replay.costs import _Steps, fit
+from tracekit.replay.costs import _PLAIN, _Steps, fit
 from tracekit.report import pictures, surface
 from tracekit.report.stats import summarise
 from tracekit.trace.store import open_trace
@@ -264,11 +264,12 @@ def test_fit_holds_over_a_wide_range_of_contexts():
             times = (target, first, draft, 0, 30, target + draft + 130)
             rows.append(dict(zip(names, (*values, *times), strict=True)))
     steps = _Steps("", "", None, *(np.array([r[name] for r in rows], float) for name in names))
-    prices, no_mtp = steps.steadied(16)[0].prices(16)
+    prices = steps.steadied(16)[0].prices(16)
     for cells, width in itertools.product((256, 1024, 4096, 16640), (1, 5, 8, 9, 17)):
         context_us = cells * (prices[kernel.KV] + prices[kernel.KV_WIDTH] * width)
         assert prices[kernel.N_SCALARS + width] + context_us == pytest.approx(target_us(cells, width), rel=0.01)
-    assert no_mtp[kernel.N_SCALARS + 1] + 256 * no_mtp[kernel.KV] == pytest.approx(target_us(256, 1), rel=0.01)
+    plain = prices[[*_PLAIN, kernel.OVER, kernel.BARE]].sum() + 256 * (prices[kernel.KV] + prices[kernel.KV_WIDTH])
+    assert plain == pytest.approx(target_us(256, 1) + 130, rel=0.01)
 
 
 def curve(us: list[float], noise: float) -> pl.DataFrame:
@@ -324,7 +325,7 @@ def test_widths_are_drawn_evenly():
 
     sweep, plan = Sweep(4, seed=3), Plan(slots=(1,), contexts=(8,), n_max=4, steps=5)
     asked = Asked()
-    asked.settings = Settings(n_max=4)
+    asked.settings, asked.snapshots = Settings(n_max=4), False
     _Calibration(asked, sweep, plan, Sampling(), None)._draft()
     assert Counter(n for n, _ in asked) == dict.fromkeys(range(5), 5)
     assert set(Counter(again for n, again in asked if n != 1).values()) == {4}

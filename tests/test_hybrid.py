@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
 from tracekit.engine import Engine, Probe
+from tracekit.engine.calibrate import Plan, Sweep, calibrate
 from tracekit.engine.doctor import examine
 from tracekit.engine.record import record
 from tracekit.errors import TracekitError
-from tracekit.policy.spec import parse_one
+from tracekit.policy.spec import parse, parse_one
 from tracekit.replay import kernel
 from tracekit.replay.arrays import positions
-from tracekit.replay.costs import _PLAIN as PLAIN
 from tracekit.replay.league import League
 from tracekit.replay.serving import Serving
+from tracekit.report import surface
 from tracekit.report.stats import summarise
 from tracekit.trace.store import open_trace
 
@@ -53,12 +55,12 @@ def test_what_was_read_long_before_matters(plain):
     assert sum(len(each) > 1 for each in following.values()) >= 10
 
 
-@pytest.mark.parametrize("n_slots", [1, 3])
-def test_drafting_changes_no_token(model, settings, plain, n_slots):
+@pytest.mark.parametrize(("n_slots", "kv_unified"), [(1, False), (3, False), (2, True)])
+def test_drafting_changes_no_token(model, settings, plain, n_slots, kv_unified):
     """Under every policy, on one slot and on several that draft beside each other, tokens are those without MTP; drafts
     are accepted and rejected.
     """
-    with Engine(model, settings=replace(settings, n_slots=n_slots)) as engine:
+    with Engine(model, settings=replace(settings, n_slots=n_slots, kv_unified=kv_unified)) as engine:
         for text in POLICIES:
             done = list(engine.run([replace(r, policy=text) for r in requests()]))
             assert {c.request.prompt_id: c.tokens for c in done} == plain, text
@@ -81,11 +83,10 @@ def test_replay_is_live(model, settings, plain, tmp_path):
             live = {c.request.prompt_id: c.rounds for c in engine.run([replace(r, policy=text) for r in wanted])}
             for prompt_id, rounds in zip(p.prompt_ids, Serving.of(trace).rounds(parse_one(text), p), strict=True):
                 assert live[prompt_id] == rounds, (text, prompt_id)
-    assert Serving.of(trace).memory == "snapshot"
+    assert Serving.of(trace).tail == N_MAX + 1
     names = summarise(trace).baselines["baseline"].to_list()
     assert names[:3] == ["no MTP", "off, MTP loaded", "MTP idle"]
-    cost = League.of(trace).cost
-    assert cost.no_mtp[PLAIN].sum() < (cost.prices[PLAIN].sum() + cost.prices[kernel.OVER])  # snapshots take time
+    assert League.of(trace).cost.prices[kernel.BARE] < 0  # without MTP: snapshots take time
 
 
 def test_batches_that_would_abort_llama_cpp_are_refused(model, settings):
@@ -93,6 +94,43 @@ def test_batches_that_would_abort_llama_cpp_are_refused(model, settings):
     for small in ({"n_ubatch": 8}, {"n_batch": 8}):
         with pytest.raises(TracekitError, match=r"must be more than n_max \+ 1, 8"):
             Engine(model, settings=replace(settings, n_max=7, **small))
+
+
+def test_calibration_measures_the_baseline_without_snapshots(model, settings, plain, tmp_path):
+    """A calibration prices such a model on one slot and on several: no MTP where no snapshots are taken, off where they
+    are, and each draft length. Its plan knows every decode.
+    """
+    path, sweep, seen = tmp_path / "costs.duckdb", Sweep(N_MAX, seed=1), []
+    plan = Plan(slots=(1, 2), contexts=(64, 200), n_max=N_MAX, steps=4, blocks=3)
+    wanted = replace(settings, n_slots=2, n_ctx=plan.n_ctx(512))
+    with Engine(model, settings=wanted, trace=path, probe=sweep) as engine:
+        calibrate(engine, sweep, plan, progress=lambda done, total: seen.append((done, total)))
+        assert engine.idle
+    assert seen == [(i + 1, len(seen)) for i in range(len(seen))]
+    trace = open_trace(path)
+    assert trace.frame("SELECT count(*) AS n FROM steps")["n"][0] == len(seen)
+    cells = surface.surface(trace)
+    for part in (surface.NO_MTP, surface.LOADED):
+        for slots, context in itertools.product(plan.slots, plan.contexts):
+            n = cells.filter(part=part, slots=slots, context=context)["n"].sum()
+            assert n >= plan.blocks * (plan.n_plain - 1), (part, slots, context)
+    assert "off, MTP loaded" in [column.header for column in surface.surface_tables(cells)[0].columns]
+    probe = tmp_path / "probe.duckdb"
+    with Engine(model, settings=settings, trace=probe, probe=Probe(N_MAX, seed=1)) as engine:
+        record(engine, requests(), baseline=False)
+    for n_slots in plan.slots:
+        table = League.of(open_trace(probe), trace, n_slots).table(parse("off,static:n_max=1..6/1"))
+        assert (table["tokens_per_second"] > 0).all()
+        assert 0.5 < table["speedup"][0] < 1.2  # off takes snapshots in vain, the baseline none
+
+
+def test_slots_of_one_memory_whose_states_llama_cpp_would_mix_up_are_refused(model, settings):
+    """One memory for more than two slots, with drafts, is one line; without MTP it works."""
+    together = replace(settings, n_slots=3, kv_unified=True)
+    with pytest.raises(TracekitError, match="leave --kv-unified out"):
+        Engine(model, settings=together)
+    with Engine(model, settings=together, mtp=False) as engine:
+        assert engine.generate("import", max_tokens=4).tokens
 
 
 def test_without_mtp_no_snapshots_are_taken(model, settings, plain):

@@ -1,4 +1,4 @@
-"""The live engine on llama-cpp-python (install with ``tracekit[engine]``)."""
+"""The live engine on llama-cpp-python (the extra ``engine``)."""
 
 from tracekit.engine.engine import Engine
 from tracekit.engine.probe import Probe

@@ -3,8 +3,9 @@
 A block goes once through every context, in random order. There the prompts of 1, 4, ... slots are read, and with each
 number of slots every draft length is verified some steps in a row (the first builds llama.cpp's graph again), in
 random order and behind a random number of rows caught up again. Last, drafting is over and the same slots take plain
-steps: the baseline without MTP, for which nothing needs to be read again. What drifts from block to block, drifts for
-all.
+steps: the baseline without MTP, for which nothing needs to be read again. A recurrent target takes snapshots of its
+state in these too, so its baseline is read and measured again where MTP is not loaded. What drifts from block to block,
+drifts for all.
 """
 
 from __future__ import annotations
@@ -60,9 +61,15 @@ class Plan:
 
     def n_steps(self, context: int, n_batch: int) -> int:
         """Decodes that one context takes in one block, the reading of its prompts included."""
-        # slots that generate take a row each of the batch that reads the next prompt
-        reading = sum(-(-context // (n_batch - active)) for active in range(self.slots[-1]))
-        return reading + len(self.slots) * (self.n_cell + self.n_plain)
+        return self.n_reading(context, n_batch) + len(self.slots) * (self.n_cell + self.n_plain)
+
+    def n_bare(self, context: int, n_batch: int) -> int:
+        """Decodes that its baseline takes where that is measured apart."""
+        return self.n_reading(context, n_batch) + len(self.slots) * self.n_plain
+
+    def n_reading(self, context: int, n_batch: int) -> int:
+        """Decodes that read the prompts of all slots; those that generate take a row each of the next one's batch."""
+        return sum(-(-context // (n_batch - active)) for active in range(self.slots[-1]))
 
     def n_ctx(self, n_batch: int) -> int:
         """Context that a slot needs: the longest prompt, a token for each step, and the drafts of the last."""
@@ -93,10 +100,15 @@ def calibrate(
     decodes.
     """
     run = _Calibration(engine, sweep, plan, sampling or Sampling(), progress)
+    if engine.snapshots:  # where memory does not suffice for its second context, now rather than later
+        engine.set_arm(mtp=False)
+        engine.set_arm(probing=True)
     for block in range(plan.blocks):
         run.read_prompts(block)
         for context in run.rng.sample(plan.contexts, len(plan.contexts)):
             run.measure(block, context)
+            if engine.snapshots:
+                run.measure_bare(block, context)
 
 
 class _Calibration:
@@ -110,6 +122,8 @@ class _Calibration:
         self._short = [n for i in range(5, 12) if (n := 1 << i) <= min(n_batch, engine.settings.n_ctx - 1)]
         self._n_done = 0
         self._n_all = plan.blocks * (len(self._short) + sum(plan.n_steps(c, n_batch) for c in plan.contexts))
+        if engine.snapshots:
+            self._n_all += plan.blocks * sum(plan.n_bare(c, n_batch) for c in plan.contexts)
 
     def read_prompts(self, block: int) -> None:
         """Prompts of one batch each: what catching up many rows at once costs."""
@@ -120,16 +134,34 @@ class _Calibration:
         """One context: every number of slots with MTP, fewest first, then without, fewest last."""
         numbers: list[int] = []
         for n_slots in self.plan.slots:
-            while len(numbers) < n_slots:
-                numbers.append(self._read(block, context, max_tokens=self.engine.settings.n_ctx))
+            self._fill(numbers, n_slots, block, context)
             self._draft()
         for n_slots in reversed(self.plan.slots):
-            while len(numbers) > n_slots:
-                self.engine.cancel(numbers.pop())
-            for _ in range(self.plan.n_plain):
-                self._step(NEVER)
-        while numbers:
+            self._cancel(numbers, n_slots)
+            self._plain()
+        self._cancel(numbers, 0)
+
+    def measure_bare(self, block: int, context: int) -> None:
+        """One context where MTP is not loaded: every number of slots, fewest first."""
+        self.engine.set_arm(mtp=False)
+        numbers: list[int] = []
+        for n_slots in self.plan.slots:
+            self._fill(numbers, n_slots, block, context)
+            self._plain()
+        self._cancel(numbers, 0)
+        self.engine.set_arm(probing=True)
+
+    def _fill(self, numbers: list[int], n_slots: int, block: int, context: int) -> None:
+        while len(numbers) < n_slots:
+            numbers.append(self._read(block, context, max_tokens=self.engine.settings.n_ctx))
+
+    def _cancel(self, numbers: list[int], n_left: int) -> None:
+        while len(numbers) > n_left:
             self.engine.cancel(numbers.pop())
+
+    def _plain(self) -> None:
+        for _ in range(self.plan.n_plain):
+            self._step(NEVER)
 
     def _read(self, block: int, n_tokens: int, max_tokens: int) -> int:
         """Submit a random prompt and read it to its end; the request's number."""

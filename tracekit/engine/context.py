@@ -105,6 +105,7 @@ class Context:
             params.ctx_type = llama.LLAMA_CONTEXT_TYPE_MTP
             params.ctx_other = target.handle
         self.handle = llama.llama_init_from_model(model.handle, params)
+        lib.raise_interrupt(lambda: self.handle and llama.llama_free(self.handle))
         if not self.handle:
             raise TracekitError(
                 f"{model.path}: no context of {n_seq} x {n_ctx} tokens ({lib.last_error('no reason given')})"

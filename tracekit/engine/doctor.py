@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from tracekit.engine import lib
 from tracekit.engine.context import Batch, Context
-from tracekit.engine.model import Model
+from tracekit.engine.model import Model, check_drafter
 from tracekit.engine.placement import Placement
 from tracekit.engine.provenance import machine
 from tracekit.engine.rollback import PartialRollback
-from tracekit.engine.settings import CACHE_TYPES, physical_cores
+from tracekit.engine.settings import CACHE_TYPES, Settings, physical_cores
 from tracekit.errors import TracekitError
 
 
@@ -36,26 +37,26 @@ def demand_gpu(facts: dict[str, Any]) -> None:
         )
 
 
-def examine(path: str | Path, gpu_layers: int = -1) -> dict[str, Any]:
-    """Facts about the GGUF file ``path``, loaded with ``gpu_layers``, and a verdict.
+def examine(path: str | Path, gpu_layers: int = -1, draft_model: str | Path | None = None) -> dict[str, Any]:
+    """Facts about the GGUF file ``path``, loaded with ``gpu_layers``, and a verdict on drafting with its own NextN
+    layer or with that of the sidecar ``draft_model``.
 
     ``memory``: how it forgets rejected drafts: ``partial`` (``llama_memory_seq_rm``), ``snapshot`` (the same, of a
     recurrent state), or ``checkpoint`` where that fails. ``placement``: layers by device,
     buffers by backend, and what flash attention ``auto`` comes to (:class:`tracekit.engine.placement.Placement`).
     """
-    with lib.listening() as log:
-        model = Model(path, gpu_layers)
-        try:
-            facts = model.facts
-            memory = _memory_kind(model)
-        finally:
-            model.close()
-    placement = Placement.of(log)
     works = []
-    if facts.n_layer_nextn == 0:
-        works.append("no NextN layers: nothing to draft with; give a sidecar with --draft-model")
-    elif facts.n_layer_nextn > 1:
-        works.append(f"{facts.n_layer_nextn} chained NextN layers: not supported yet")
+    with lib.listening() as log, closing(Model(path, gpu_layers)) as model:
+        facts, memory = model.facts, _memory_kind(model)
+        try:
+            if draft_model is None:
+                _try_drafter(model, model)
+            else:
+                with closing(Model(draft_model, gpu_layers, sidecar=True)) as source:
+                    _try_drafter(source, model)
+        except TracekitError as error:
+            works.append(str(error).removeprefix(f"{path}: "))
+    placement = Placement.of(log)
     if memory == "checkpoint":
         works.append("its memory cannot forget single tokens: not supported yet")
     if gpu_layers and not placement.on_gpu and lib.has_gpu():
@@ -74,16 +75,24 @@ def examine(path: str | Path, gpu_layers: int = -1) -> dict[str, Any]:
     }
 
 
+def _context(model: Model, target: Context | None = None) -> Context:
+    f16 = CACHE_TYPES["f16"]
+    return Context(model, 1, 64, 32, 32, physical_cores(), f16, f16, -1, target=target, n_snapshots=0 if target else 2)
+
+
+def _try_drafter(source: Model, model: Model) -> None:
+    """Make what drafts for ``model``. Raises :class:`TracekitError` where that does not work."""
+    check_drafter(source, model)
+    with closing(_context(model)) as target:
+        _context(source, target).close()
+
+
 def _memory_kind(model: Model) -> str:
     """How the model's memory takes tokens back out, found by trying."""
-    f16 = CACHE_TYPES["f16"]
-    context = Context(model, 1, 64, 32, 32, physical_cores(), f16, f16, -1, n_snapshots=2)
-    try:
+    with closing(_context(model)) as context:
         batch = Batch(32)
         batch.extend([0, 0, 0, 0], 0, 0, True)
         context.decode(batch)
         if not context.remove(0, 2):
             return "checkpoint"
-        return PartialRollback(context).kind
-    finally:
-        context.close()
+        return PartialRollback(context, Settings()).kind

@@ -88,18 +88,19 @@ class Engine:
             with lib.listening() as heard:
                 self.model = self._own(Model(model, self.settings.gpu_layers, mtp and draft_model is None))
                 self._target = self._own(self._context(self.model, n_snapshots=self.settings.n_max if mtp else 0))
+                rollback = PartialRollback(self._target, self.settings)
                 if mtp:
                     self._drafter = self._own(self._make_drafter(draft_model))
             self.placement = Placement.of(heard)
             self._check(self.policy)
             backend_sampling = self._backend_sampling()
-            self._loop = Loop(self.model, self._target, self._drafter, PartialRollback(self._target), self.settings)
+            self._loop = Loop(self.model, self._target, self._drafter, rollback, self.settings)
             self._loop.probe = probe
             self._loop.backend_sampling = backend_sampling
             self._parts.callback(self._loop.abort)
             if path := trace or os.environ.get("TRACEKIT_TRACE"):
                 made = self.model, self.draft_model, self.settings, self.policy, probe, self.placement
-                facts = run_facts(*made, self._loop.rollback.kind)
+                facts = run_facts(*made, rollback.kind)
                 self.recorder = Recorder(path, facts, force=force) if trace else record_beside(path, facts)
                 self._loop.observer = self.recorder
             if self.recorder is not None:

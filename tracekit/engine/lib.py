@@ -10,7 +10,7 @@ import ctypes
 import logging
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,7 +18,7 @@ from pathlib import Path
 from tracekit.errors import EngineMissing
 
 PINNED = "0.3.36"
-_INSTALL = "pip install 'tracekit[engine]'"
+_INSTALL = f"pip install llama-cpp-python=={PINNED}"
 _NEEDED_EXT = ("llama_set_embeddings_nextn", "llama_get_embeddings_nextn")
 _NEEDED = (
     "llama_model_n_layer_nextn",
@@ -34,6 +34,7 @@ _NEEDED = (
 log = logging.getLogger("tracekit.llama_cpp")
 _recent: deque[str] = deque(maxlen=200)
 _listeners: list[list[str]] = []
+_interrupts: list[BaseException] = []  # Ctrl-C and the like that came while llama.cpp was logging
 
 
 def _load():
@@ -63,12 +64,22 @@ llama, ext, VERSION = _load()
 
 @llama.llama_log_callback
 def _on_log(level: int, text: bytes, _user_data) -> None:
-    line = text.decode("utf-8", errors="replace").rstrip("\n")
-    if line:
-        _recent.append(line)
-        for heard in _listeners:
-            heard.append(line)
-        log.debug("%s", line)
+    try:
+        line = text.decode("utf-8", errors="replace").rstrip("\n")
+        if line:
+            _recent.append(line)
+            for heard in _listeners:
+                heard.append(line)
+            log.debug("%s", line)
+    except BaseException as error:  # a signal's; through llama.cpp it would not come
+        _interrupts.append(error)
+
+
+def raise_interrupt(undo: Callable[[], None]) -> None:
+    """After a long call of llama.cpp: raise what a signal raised during it, ``undo`` being done first."""
+    if _interrupts:
+        undo()
+        raise _interrupts.pop()
 
 
 llama.llama_log_set(_on_log, ctypes.c_void_p(0))

@@ -55,6 +55,9 @@ class Observer(Protocol):
     def ended(self, request: RequestEnd) -> None:
         """A request is finished."""
 
+    def aborted(self) -> None:
+        """An exception has ended a step, maybe in the middle of one of these calls."""
+
 
 class Loop:
     """The slots, and the step that moves them all. ``drafter`` None: nothing is ever drafted."""
@@ -139,6 +142,8 @@ class Loop:
             self._vacate(i)
         if self.probe is not None:
             self.probe.forget()
+        if self.observer is not None:
+            self.observer.aborted()
         self._extracting = None
 
     def _admit(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -13,19 +14,34 @@ from tracekit.engine import lib
 from tracekit.engine.lib import llama
 from tracekit.errors import TracekitError
 
+# their MTP graphs keep only the rows with logits (src/models/*.cpp); llama.cpp aborts where all hidden rows are wanted
+_CROPPED = {"deepseek4", "mimo2", "qwen3next", "step35"}
+
 
 def sha256_of(path: str | Path) -> str:
-    """Hash of a whole file, computed once per process and version of the file."""
+    """Hash of a whole model, all its shards one after another; computed once per process and version of the files."""
     path = Path(path)
     if not path.is_file():
         raise TracekitError(f"{path}: no such model; `tracekit model build -o {path}` writes the reference model")
-    return _sha256(path, path.stat().st_mtime_ns)
+    files = [file for file in shards(path) if file.is_file()]
+    return _sha256(tuple(files), tuple(file.stat().st_mtime_ns for file in files))
 
 
 @cache
-def _sha256(path: Path, _mtime_ns: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(files: tuple[Path, ...], _mtimes_ns: tuple[int, ...]) -> str:
+    whole = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: whole)
+    return whole.hexdigest()
+
+
+def shards(path: Path) -> list[Path]:
+    """The files of a model that is split as llama.cpp splits it (``NAME-00001-of-00003.gguf``); else ``path`` alone."""
+    found = re.fullmatch(r"(.*-)\d{5}(-of-(\d{5})\.gguf)", path.name)
+    if found is None:
+        return [path]
+    return [path.with_name(f"{found[1]}{n:05d}{found[2]}") for n in range(1, int(found[3]) + 1)]
 
 
 @dataclass(frozen=True)
@@ -58,7 +74,7 @@ class Model:
         with self.path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise TracekitError(f"{path}: not a GGUF file")
-        names = lib.tensor_names(self.path)
+        names = [name for file in shards(self.path) for name in lib.tensor_names(file)]
         self._has_nextn = not names or any(".nextn." in name for name in names)
         if names and not sidecar and not any(name.startswith("blk.0.") for name in names):
             raise TracekitError(f"{path}: holds no layer 0; a sidecar belongs to --draft-model, beside its model")
@@ -66,6 +82,7 @@ class Model:
         params.n_gpu_layers = gpu_layers
         params.load_mtp = mtp
         self.handle = llama.llama_model_load_from_file(os.fsencode(self.path), params)
+        lib.raise_interrupt(self.close)
         if not self.handle:
             raise TracekitError(f"{path}: llama.cpp cannot load it ({lib.last_error('no reason given')})")
         self.vocab = llama.llama_model_get_vocab(self.handle)
@@ -101,15 +118,17 @@ class Model:
         """Hash of the whole file."""
         return sha256_of(self.path)
 
-    def tokenize(self, text: str, special: bool = False) -> list[int]:
-        """Token ids of ``text``, with the beginning-of-text token where the model wants one."""
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of ``text``, its control tokens (a chat template's) recognised as llama-server does, with the
+        beginning-of-text token where the model wants one.
+        """
         raw = text.encode()
         n = len(raw) + 16
         ids = (llama.llama_token * n)()
-        count = llama.llama_tokenize(self.vocab, raw, len(raw), ids, n, True, special)
+        count = llama.llama_tokenize(self.vocab, raw, len(raw), ids, n, True, True)
         if count < 0:
             ids = (llama.llama_token * -count)()
-            count = llama.llama_tokenize(self.vocab, raw, len(raw), ids, -count, True, special)
+            count = llama.llama_tokenize(self.vocab, raw, len(raw), ids, -count, True, True)
         return list(ids[:count])
 
     def piece(self, token: int) -> bytes:
@@ -153,3 +172,8 @@ def check_drafter(source: Model, model: Model) -> None:
         )
     if nextn > 1:
         raise TracekitError(f"{source.path}: {nextn} chained NextN layers; the engine drafts with models that have one")
+    if source.facts.arch in _CROPPED:
+        raise TracekitError(
+            f"{source.path}: llama.cpp's MTP graph for {source.facts.arch} does not give the hidden states of all "
+            "rows, which the engine needs; run it with policy off"
+        )

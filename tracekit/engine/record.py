@@ -30,11 +30,12 @@ class _Prompt(Protocol):
     prompt: str
 
 
-def as_requests(prompts: Sequence[_Prompt], max_tokens: int, temp: float, seed: int) -> list[Request]:
-    """A request for each prompt; request ``i`` samples with ``seed + i``."""
+def as_requests(prompts: Sequence[_Prompt], max_tokens: int, sampling: Sampling) -> list[Request]:
+    """A request for each prompt; request ``i`` samples with the seed of ``sampling`` plus ``i``."""
+    seeded = [replace(sampling, seed=sampling.seed + i) for i in range(len(prompts))]
     return [
-        Request(p.prompt, max_tokens, Sampling(temp=temp, seed=seed + i), prompt_id=p.id, category=p.category)
-        for i, p in enumerate(prompts)
+        Request(p.prompt, max_tokens, own, prompt_id=p.id, category=p.category)
+        for p, own in zip(prompts, seeded, strict=True)
     ]
 
 
@@ -62,6 +63,8 @@ def record(
     per_prompt = sum(r.max_tokens for r in requests) + arms_beside * sum(r.max_tokens for r in short)
     for request in requests:
         engine.prepare(request)  # a prompt that cannot be served is refused before anything is recorded
+    if baseline:
+        engine.set_arm(mtp=False)  # so is a memory that does not hold the second context that snapshots make necessary
     finished: dict[str, Completion] = {}
     done = 0
     order = list(range(len(requests)))

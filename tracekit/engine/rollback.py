@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from tracekit.engine.context import Context
+from tracekit.engine.settings import Settings
 from tracekit.errors import TracekitError
 
 
@@ -25,11 +26,20 @@ class Rollback(Protocol):
 class PartialRollback:
     """``llama_memory_seq_rm`` of the rejected tail: attention forgets its cells, a recurrent memory goes back to one of
     the snapshots of its state that llama.cpp keeps for the last rows of a batch. Nothing is ever decoded again.
+
+    Raises :class:`TracekitError` for settings under which llama.cpp goes back to states of other slots: a pass over
+    slots of one memory that are no neighbours moves the states between them, but not their snapshots
+    (src/llama-memory-recurrent.cpp, find_slot). With two slots there is nothing between.
     """
 
-    def __init__(self, context: Context):
+    def __init__(self, context: Context, settings: Settings):
         self._context = context
         self.kind = "snapshot" if context.n_snapshots else "partial"
+        if context.n_snapshots and settings.kv_unified and settings.n_slots > 2:
+            raise TracekitError(
+                "this model's memory is recurrent: with --kv-unified and more than two slots llama.cpp would mix up "
+                "their states; leave --kv-unified out"
+            )
 
     def before(self, seq: int, n_past: int) -> None:
         """Nothing to save."""

@@ -40,7 +40,7 @@ class Sampling:
             ("top_k", int, 1 << 30),
             ("top_p", float, 1),
             ("min_p", float, 1),
-            ("seed", int, (1 << 32) - 1),
+            ("seed", int, (1 << 32) - 2),  # the last one is llama.cpp's LLAMA_DEFAULT_SEED: another each time
         ):
             value = getattr(self, name)
             if not isinstance(value, (int, kind)) or not 0 <= value <= high:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import altair as alt
 
 MODE = "calibration"
-TARGET, NO_MTP, DRAFT, CATCHUP = "target", "no MTP", "draft step", "catch-up"
+TARGET, NO_MTP, LOADED, DRAFT, CATCHUP = "target", "no MTP", "off, MTP loaded", "draft step", "catch-up"
 _SHOWN = (0, 1, 2, 4, 8, 16, 32)
 _BEYOND = 3  # standard errors that make a step more than noise
 
@@ -30,22 +30,25 @@ def surface(trace: TraceFile) -> pl.DataFrame:
     """One row per cell: ``part, slots, context, size, tokens, n, median_us, low_us, high_us`` (quartiles).
 
     ``part`` and ``size``, per slot: ``target``, the decode that verifies ``size`` drafts (0: MTP loaded, idle), and
-    ``no MTP``, a plain one; ``draft step``, an MTP decode of one row; ``catch-up``, the first of a round, with
-    ``size`` rows. ``tokens``: of the whole batch. ``step_us``: median of the whole step (not of a draft step alone).
-    A target decode counts where the one before had the same width, which is what a policy that stays at a draft
-    length pays; ``rebuilt_us`` is the median of the others. Raises :class:`TracekitError` for other traces.
+    ``no MTP``, a plain one; ``off, MTP loaded``, the same where snapshots of a recurrent state are taken in vain;
+    ``draft step``, an MTP decode of one row; ``catch-up``, the first of a round, with ``size`` rows. ``tokens``: of
+    the whole batch. ``step_us``: median of the whole step (not of a draft step alone). A target decode counts where
+    the one before had the same width, which is what a policy that stays at a draft length pays; ``rebuilt_us`` is the
+    median of the others. Raises :class:`TracekitError` for other traces.
     """
     if not is_calibration(trace):
         raise TracekitError(f"{trace.path}: not a calibration; `tracekit calibrate` writes one")
     cells = trace.frame(
-        """WITH depth AS (SELECT run, step, min(n_prompt)::INT AS context
-                          FROM verifications JOIN requests USING (run, request) GROUP BY ALL),
+        """WITH depth AS (SELECT run, step, min(n_prompt)::INT AS context,
+                                 any_value(settings->>'memory' = 'snapshot' AND arm <> 'no_mtp') AS snapshots
+                          FROM verifications JOIN requests USING (run, request) JOIN runs USING (run) GROUP BY ALL),
            before AS (SELECT *, lag(n_tokens) OVER (PARTITION BY run ORDER BY step) = n_tokens AS same FROM steps),
            plain AS (SELECT *, n_tokens // n_slots - 1 AS n_drafted FROM before JOIN depth USING (run, step)
                      WHERE n_prompt = 0),
            parts AS (
-               SELECT CASE WHEN mtp THEN 'target' ELSE 'no MTP' END AS part, n_slots, context, n_drafted AS size,
-                      n_tokens AS tokens, same, target_us AS us, wall_us AS step_us FROM plain
+               SELECT CASE WHEN mtp THEN 'target' WHEN snapshots THEN 'off, MTP loaded' ELSE 'no MTP' END AS part,
+                      n_slots, context, n_drafted AS size, n_tokens AS tokens, same, target_us AS us, wall_us AS step_us
+               FROM plain
                UNION ALL
                SELECT 'draft step', n_slots, context, 1, n_slots, true,
                       (draft_us - first_draft_us) / (n_draft_decodes - 1), NULL
@@ -60,7 +63,7 @@ def surface(trace: TraceFile) -> pl.DataFrame:
                   median(us) FILTER (NOT same) AS rebuilt_us, median(step_us) FILTER (same) AS step_us
            FROM parts GROUP BY ALL HAVING n > 0"""
     )
-    order = pl.col("part").cast(pl.Enum([NO_MTP, TARGET, DRAFT, CATCHUP]))
+    order = pl.col("part").cast(pl.Enum([NO_MTP, LOADED, TARGET, DRAFT, CATCHUP]))
     return cells.sort(order, "slots", "context", "size")
 
 
@@ -116,7 +119,8 @@ def surface_tables(cells: pl.DataFrame) -> list[Table]:
     def line(key: tuple[int, int], parts: list[tuple[str, int]]) -> list[str]:
         return [*map(str, key), *(_timing(at.get((part, *key, size))) for part, size in parts)]
 
-    decodes = [(NO_MTP, 0), *((TARGET, k) for k in drafts)]
+    plain = [NO_MTP, *([LOADED] if (cells["part"] == LOADED).any() else [])]
+    decodes = [*((part, 0) for part in plain), *((TARGET, k) for k in drafts)]
     drafting = [(DRAFT, 1), *((CATCHUP, r) for r in rows)]
     pays = [
         [*map(str, key), *(_ratio(at.get((TARGET, *key, k)), at.get((NO_MTP, *key, 0))) for k in drafts)]
@@ -135,7 +139,7 @@ def surface_tables(cells: pl.DataFrame) -> list[Table]:
     ]
     shown = [
         table(
-            [*key, "no MTP", *(f"K = {k}" for k in drafts)],
+            [*key, *plain, *(f"K = {k}" for k in drafts)],
             [line(k, decodes) for k in where],
             2,
             "Target decode that verifies K drafts per slot, ms: median (quartiles), n",
@@ -212,13 +216,9 @@ def surface_chart(cells: pl.DataFrame) -> alt.HConcatChart:
     slots = [str(s) for s in sorted(cells["slots"].unique())]
     colour = alt.Color("context:N", sort=contexts, title="context, tokens")
     dash = alt.StrokeDash("slots:N", sort=slots, title="slots")
-    shape = alt.Shape(
-        "part:N",
-        title=None,
-        scale=alt.Scale(
-            domain=[TARGET, NO_MTP, CATCHUP, DRAFT], range=["circle", "diamond", "circle", "triangle-right"]
-        ),
-    )
+    shapes = {TARGET: "circle", NO_MTP: "diamond", LOADED: "square", CATCHUP: "circle", DRAFT: "triangle-right"}
+    shapes = {part: shape for part, shape in shapes.items() if (cells["part"] == part).any()}
+    shape = alt.Shape("part:N", title=None, scale=alt.Scale(domain=list(shapes), range=list(shapes.values())))
     tip = ["part", "slots", "context", "size", "tokens", "n", "ms", "low", "high"]
 
     def panel(parts: list[str], title: str, x: str) -> alt.LayerChart:
@@ -244,6 +244,7 @@ def surface_chart(cells: pl.DataFrame) -> alt.HConcatChart:
         .mark_point(shape="triangle-up", size=90, color="black", yOffset=12)
         .encode(x="to_tokens:Q", y="ms:Q", tooltip=["after_tokens", "to_tokens", "jump_us", "error_us"])
     )
-    left = panel([TARGET, NO_MTP], "Target decode (triangles: jumps beyond the noise)", "batch tokens, all slots")
+    decodes = [TARGET, NO_MTP, LOADED]
+    left = panel(decodes, "Target decode (triangles: jumps beyond the noise)", "batch tokens, all slots")
     right = panel([CATCHUP, DRAFT], "MTP decode: draft step, and first of a round", "rows, all slots")
     return alt.hconcat(left + marks, right)

@@ -8,6 +8,7 @@ later. Tuples of numbers, unlike row objects and lists, do not keep Python's gar
 from __future__ import annotations
 
 import struct
+import threading
 from array import array
 from itertools import starmap
 
@@ -24,8 +25,8 @@ _STOP = {name: i for i, name in enumerate(STOPS)}
 class Pending:
     """Rows of one run, appended to by one thread and taken by another.
 
-    Nothing is locked: every ``+=`` and ``append`` adds all of a row or nothing. What a row refers to is added before it
-    and taken after it.
+    Nothing is locked where rows come in: every ``+=`` and ``append`` adds all of a row or nothing. What a row refers to
+    is added before it and taken after it.
     """
 
     def __init__(self, run: int):
@@ -41,6 +42,7 @@ class Pending:
         self._draft_ids: list[int] = []  # of all verifications, one after another
         self._draft_probs: list[float] = []
         self._tokens: list[int] = []
+        self._taking = threading.Lock()
         self.began, self.ended = self._requests.append, self._request_ends.append
         self.stepped = self._steps.append
 
@@ -59,8 +61,22 @@ class Pending:
         self._stops.append(stop)
         self._verifications.append(numbers)
 
+    def aborted(self) -> None:
+        """An exception may have come between the lists of a verification and the verification itself: forget them, or
+        they would be the next one's.
+        """
+        with self._taking:
+            n = len(self._verifications)
+            del self._stops[n:], self._lengths[3 * n :]
+            for i, values in enumerate((self._draft_ids, self._draft_probs, self._tokens)):
+                del values[sum(self._lengths[i::3]) :]
+
     def take(self) -> Entry:
         """What has come in since the last call. Raises ``OverflowError`` for a token too large for 32 bits."""
+        with self._taking:
+            return self._take()
+
+    def _take(self) -> Entry:
         ends = _taken(self._request_ends, len(self._request_ends))
         verifications = _taken(self._verifications, len(self._verifications))
         steps = _taken(self._steps, len(self._steps))

@@ -14,7 +14,7 @@ from time import perf_counter
 
 import numpy as np
 
-from tracekit.engine import Engine, Settings
+from tracekit.engine import Engine, Sampling, Settings
 from tracekit.engine.record import as_requests
 from tracekit.model.prompt_sets import load
 from tracekit.policy.spec import parse
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    requests = as_requests(load("heldout"), args.max_tokens, 0.0, 0)[: 2 * args.slots]
+    requests = as_requests(load("heldout"), args.max_tokens, Sampling())[: 2 * args.slots]
     apart, unified = (Settings(n_slots=args.slots, kv_unified=one) for one in (False, True))
     with Engine(args.model, None, apart) as first, Engine(args.model, None, unified) as second:
         for policy in parse(POLICIES):

@@ -57,7 +57,7 @@ def test_policies_are_taken_in_every_form(trace, tmp_path):
     """Text with its sweeps, a policy, a rule, what tune found, a path, and lists of all of these."""
     best = PolicyFile(rule("static")(n_max=5))
     every = ["off", "static:n_max=1,2", rule("static")(n_max=4), best, best.save(tmp_path / "p.toml"), rule("fallback")]
-    labels = ["off", *(f"static:n_max={n}" for n in (1, 2, 4, 5, 5)), "fallback"]
+    labels = ["off", *(f"static:n_max={n}" for n in (1, 2, 4, 5, 5)), "fallback:n_max=8"]
     assert trace.replay(every)["policy"].to_list() == labels
     for one in every:
         assert set(trace.replay(one)["policy"]) <= set(labels)
@@ -105,7 +105,7 @@ def test_policies_are_drawn_once(trace, tmp_path):
     """A policy given twice is one bar, at its own speed; the lines are the references, and the legend names them."""
     chart = trace.plot_policies(["static", "static:n_max=1..4/1", "static:n_max=2"])
     bars = [row for row in rows_of(chart) if "policy" in row]
-    assert sorted(row["policy"] for row in bars) == ["static", "static:n_max=1", "static:n_max=2", "static:n_max=4"]
+    assert sorted(row["policy"] for row in bars) == [f"static:n_max={n}" for n in (1, 2, 3, 4)]
     bound = trace.league.clairvoyant_speed()
     assert all(row["tokens_per_second"] < bound for row in bars)
     assert {row["reference"] for row in rows_of(chart) if "reference" in row} == {"no MTP", "clairvoyant optimum"}

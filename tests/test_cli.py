@@ -72,6 +72,7 @@ VERBS = {
     "model",
     "record",
     "calibrate",
+    "merge",
     "stats",
     "policies",
     "replay",
@@ -120,6 +121,19 @@ def test_every_engine_option_changes_the_settings():
         new = {"flash_attn": "off", "batch_size": 256}.get(field.name, changed.get(type(old), True))
         same = replace(plain, **{field.name: new}).settings() == plain.settings()
         assert same == (field.name == "draft_model"), field.name
+
+
+def test_every_sampling_option_changes_the_sampling():
+    """None of these is forgotten either, and their defaults are the engine's."""
+    from dataclasses import fields, replace
+
+    from tracekit.cli.options import SamplingOptions
+    from tracekit.engine import Sampling
+
+    plain = SamplingOptions()
+    assert plain.sampling() == Sampling()
+    for field in fields(SamplingOptions):
+        assert replace(plain, **{field.name: 1}).sampling() == replace(Sampling(), **{field.name: 1})
 
 
 def test_version():

@@ -313,7 +313,7 @@ def test_policy_that_asks_too_much_is_named(engine, tmp_path, asked):
     from .test_policies import OWN
 
     (tmp_path / "greedy.py").write_text(OWN.replace("return state.n, 0.0", f"return {asked}, 0.0"))
-    with pytest.raises(TracekitError, match=f"greedy.py asked for {asked} drafts"):
+    with pytest.raises(TracekitError, match=f"greedy.py:n_max=6 asked for {asked} drafts"):
         engine.generate("x = ", policy=rule(tmp_path / "greedy.py")())
     assert engine.idle
 

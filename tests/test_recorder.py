@@ -203,6 +203,32 @@ def test_kill_loses_at_most_the_last_second(models, tmp_path):
     assert "cut off" in summarise(trace).headline
 
 
+@pytest.mark.parametrize("verb", ["record", "verify"])
+def test_a_verb_asked_to_end_tidies_up(models, tmp_path, verb):
+    """SIGTERM in mid-run: one line, what was recorded is folded into the trace, nothing temporary is left."""
+    trace, temporary = tmp_path / "t.duckdb", tmp_path / "tmp"
+    temporary.mkdir()
+    wanted = ["record", "--prompts", "tune", "-o", trace] if verb == "record" else ["verify", "static:n_max=2"]
+    command = [sys.executable, "-m", "tracekit", wanted[0], models["plain"], *wanted[1:], "--max-tokens", "400"]
+    environment = os.environ | {"TMPDIR": str(temporary)}
+    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, env=environment) as process:
+        late = time.monotonic() + 60
+        while not list(tmp_path.rglob("*.journal")) and time.monotonic() < late:
+            time.sleep(0.05)
+        time.sleep(1.5)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGTERM
+    assert said.splitlines()[-1] == "tracekit: terminated"
+    assert "Traceback" not in said
+    assert list(temporary.iterdir()) == []
+    if verb == "record":
+        assert sorted(tmp_path.iterdir()) == [trace, temporary]
+        recorded = open_trace(trace)
+        assert recorded.frame("SELECT count(*) AS n FROM steps")["n"][0] > 10
+        assert recorded.runs["wall_us"][0] is None
+
+
 def test_long_recording_is_folded_on_the_way(models, settings, tmp_path):
     """However often the journal is folded into the trace while it grows, every row is there once."""
     path = tmp_path / "t.duckdb"

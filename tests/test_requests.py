@@ -243,6 +243,6 @@ def test_policy_that_decides_nothing_is_named(two, tmp_path, decision):
     """What decide must not return is one line that says what it should have been; the engine goes on."""
     path = tmp_path / "mine.py"
     path.write_text(rule("static").source.replace("return params.n_max, params.p_min", f"return {decision}"))
-    with pytest.raises(TracekitError, match=r"mine\.py: decide returned .*, which is no \(n_draft, p_min\)"):
+    with pytest.raises(TracekitError, match=r"mine\.py:n_max=3: decide returned .*, which is no \(n_draft, p_min\)"):
         two.generate([1, 2, 3], max_tokens=8, policy=path)
     assert len(two.generate("def f(x):\n", max_tokens=4).tokens) == 4

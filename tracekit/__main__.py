@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 
@@ -11,6 +12,7 @@ def main() -> None:
     from tracekit.cli.app import app
     from tracekit.errors import TracekitError
 
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         code = app(standalone_mode=False)
         if code == 130:  # what Typer makes of Ctrl-C
@@ -27,6 +29,8 @@ def main() -> None:
         _forget_output()
         code = 2
     except Exception as error:
+        if isinstance(error, RuntimeError) and str(error) == "Query interrupted":  # DuckDB, of both signals
+            sys.exit(_asked_to_end())
         if not hasattr(error, "format_message"):  # click's usage errors have one
             raise
         if type(error).__name__ == "NoArgsIsHelpError":
@@ -36,6 +40,21 @@ def main() -> None:
         print(f"tracekit: error: {error.format_message()} (see `{where} --help`)", file=sys.stderr)
         code = 2
     sys.exit(code or 0)
+
+
+def _asked_to_end() -> int:
+    """The exit code after a signal that another library has swallowed, which is said if it was Ctrl-C."""
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        return 128 + signal.SIGTERM
+    print("tracekit: interrupted", file=sys.stderr)
+    return 130
+
+
+def _terminated(*_: object) -> None:
+    """Asked to end: traces are closed and what is temporary is deleted on the way out; asked again, at once."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.write(sys.stderr.fileno(), b"tracekit: terminated\n")
+    sys.exit(128 + signal.SIGTERM)
 
 
 def _forget_output() -> None:

@@ -70,7 +70,7 @@ class Trace:
         """
         from tracekit.tune.evidence import tune
 
-        return tune(self.league, _space(space, self.league.serving.n_slots), max_slowdown, folds, seed)
+        return tune(self.league, _space(space), max_slowdown, folds, seed)
 
     def sql(self, query: str) -> pl.DataFrame:
         """The result of ``query`` on the trace's tables (:mod:`tracekit.trace.schema`)."""
@@ -122,11 +122,11 @@ def _policies(of: Policies) -> list[Policy]:
     return found
 
 
-def _space(of: Space | str | Path | None, n_slots: int) -> dict[str, dict[str, str]]:
-    from tracekit.tune.space import default_space, read_space
+def _space(of: Space | str | Path | None) -> dict[str, dict[str, str]] | None:
+    from tracekit.tune.space import read_space
 
     if of is None:
-        return default_space(n_slots)
+        return None
     if isinstance(of, (str, Path)):
         return read_space(of)
     if not of or not isinstance(of, Mapping) or not all(isinstance(values, Mapping) for values in of.values()):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tracekit.engine import Engine, Probe, Request, Settings
+from tracekit.engine import Engine, Probe, Request, Sampling, Settings
 from tracekit.engine.record import as_requests, record
 from tracekit.model.prompt_sets import Prompt, load
 from tracekit.policy import file
@@ -22,7 +22,6 @@ from tracekit.replay.league import League
 from tracekit.trace import files
 from tracekit.trace.store import open_trace
 from tracekit.tune.evidence import tune
-from tracekit.tune.space import default_space
 from tracekit.verify import Verdict, standard_arms, verify
 
 ENDINGS = ("duckdb", "toml", "json")
@@ -60,7 +59,7 @@ class Workload:
             if not most or len(kept[prompt.category]) < most:
                 kept[prompt.category].append(prompt)
         chosen = [p for prompts in kept.values() for p in prompts]
-        return as_requests(chosen, self.max_tokens, self.temp, self.seed)
+        return as_requests(chosen, self.max_tokens, Sampling(temp=self.temp, seed=self.seed))
 
 
 @dataclass(frozen=True)
@@ -101,9 +100,7 @@ def conduct(study: Study, tell: Teller, may_go_on: Callable[[], None] = lambda: 
         may_go_on()
         tell.say(f"[{study.name}] tuning on the trace")
         with tell.progress("policies") as update:
-            league = League.of(open_trace(trace))
-            space = default_space(league.serving.n_slots)
-            tune(league, space, seed=work.seed, progress=update).save(policy)
+            tune(League.of(open_trace(trace)), seed=work.seed, progress=update).save(policy)
     tuned = file.read(policy)
     tell.say(f"[{study.name}] {tuned.evidence.advice}")
     if not result.exists():

@@ -128,7 +128,7 @@ class Verdict:
 
 
 def standard_arms(tuned: Policy | None, n_max: int) -> list[Arm]:
-    """No MTP, the naive fixed lengths, the seed's fallback, and the tuned policy where there is one."""
+    """No MTP, the naive fixed lengths, the fallback of PR 22931, and the tuned policy where there is one."""
     arms = [
         Arm("no MTP", None),
         Arm(f"naive n_max={n_max}", rule("static")(n_max=n_max)),
@@ -161,7 +161,10 @@ def verify(
     if n < n_slots:
         raise TracekitError(f"{n_slots} slots (--parallel) need {n_slots} prompts or more; there are {n}")
     if times is not None:
-        Serving.of(times, n_slots).fit(times, settings.n_max)  # before hours of live runs
+        serving = Serving.of(times, n_slots)
+        if unlike := serving.unlike(settings):
+            raise TracekitError(f"{times.path}: its times are of {unlike}; record it as it is served here")
+        serving.fit(times, settings.n_max)  # before hours of live runs
     rng, runs = random.Random(seed), {}
     states = defaultdict(dict)  # of policies with scope=engine: every repeat of an arm is a run of its own
     requests = rng.sample(list(requests), len(requests))
@@ -286,4 +289,4 @@ def _repeat_interval(times: np.ndarray, tokens: float, measured: float) -> tuple
         1e6 * tokens / np.median(times[np.arange(n)[:, None], rng.integers(0, k, (n, k))], 1).sum() for _ in range(400)
     ]
     low, high = np.quantile(widened(np.array(speeds), measured, k), (0.025, 0.975))
-    return float(low), float(high)
+    return min(float(low), measured), max(float(high), measured)

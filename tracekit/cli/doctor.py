@@ -12,6 +12,9 @@ from tracekit.cli import options, out
 
 def doctor(
     model: Annotated[Path | None, typer.Argument(metavar="[MODEL]", help="A GGUF file to look at too.")] = None,
+    draft_model: Annotated[
+        Path | None, typer.Option("--draft-model", metavar="FILE", help="Sidecar GGUF that holds the NextN layers.")
+    ] = None,
     gpu_layers: options.GpuLayers = -1,
     require_gpu: Annotated[
         bool, typer.Option("--require-gpu", help="Fail unless there is a GPU, and the model's layers are on it.")
@@ -26,7 +29,9 @@ def doctor(
         raise TracekitError(f"--gpu-layers {gpu_layers}: -1 or more")
     facts = surroundings()
     if model is not None:
-        facts["model"] = examine(model, gpu_layers)
+        facts["model"] = examine(model, gpu_layers, draft_model)
+    elif draft_model is not None:
+        raise TracekitError("--draft-model needs a MODEL that it drafts for")
     if json:
         out.print_json(facts)
     else:

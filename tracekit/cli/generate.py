@@ -18,9 +18,8 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End at this text (may be given again).")] = None,
     trace: Annotated[Path | None, typer.Option("--trace", metavar="FILE", help="Also record it (DuckDB).")] = None,
     max_tokens: options.MaxTokens = 128,
-    temp: options.Temp = 0.0,
-    seed: options.Seed = 0,
     *,
+    sampling_options: options.SamplingOptions,
     engine_options: options.EngineOptions,
     force: options.Force = False,
     json: options.Json = False,
@@ -34,9 +33,9 @@ def generate(
     tuned = read(policy)
     chosen = tuned.policy
 
-    from tracekit.engine import Engine, Sampling
+    from tracekit.engine import Engine
 
-    settings = engine_options.settings()
+    settings, sampling = engine_options.settings(), sampling_options.sampling()
     try:
         text = sys.stdin.read() if prompt == "-" else prompt
         text.encode()
@@ -44,7 +43,7 @@ def generate(
         raise TracekitError("PROMPT: not UTF-8 text") from None
     if "" in (stop or ()):
         raise TracekitError("--stop '': an empty text is everywhere; leave it out")
-    wanted = {"max_tokens": max_tokens, "sampling": Sampling(temp=temp, seed=seed), "stop": tuple(stop or ())}
+    wanted = {"max_tokens": max_tokens, "sampling": sampling, "stop": tuple(stop or ())}
     mtp = chosen.name != "off"
     for option in ("spec_draft_backend_sampling", "draft_model"):
         if getattr(engine_options, option) and not mtp:

@@ -59,4 +59,4 @@ def _need_gguf() -> None:
     from tracekit.errors import EngineMissing
 
     if find_spec("gguf") is None:
-        raise EngineMissing("GGUF files need the package gguf: pip install 'tracekit[engine]'")
+        raise EngineMissing("GGUF files need the package gguf: pip install gguf")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from tracekit.engine import Settings
+    from tracekit.engine import Sampling, Settings
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")]
@@ -85,23 +85,44 @@ class EngineOptions:
         )
 
 
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How the target's tokens are chosen, in llama.cpp's names; its defaults but for the temperature."""
+
+    temp: Temp = 0.0
+    top_k: Annotated[int, typer.Option("--top-k", help="Sample from this many likeliest tokens; 0: all.")] = 40
+    top_p: Annotated[float, typer.Option("--top-p", help="... whose probabilities add up to this; 1: all.")] = 0.95
+    min_p: Annotated[float, typer.Option("--min-p", help="... at least this likely beside the likeliest.")] = 0.05
+    seed: Seed = 0
+
+    def sampling(self) -> Sampling:
+        """For the engine. Raises :class:`~tracekit.errors.TracekitError` for values that make no sense."""
+        from tracekit.engine import Sampling
+
+        return Sampling(self.temp, self.top_k, self.top_p, self.min_p, self.seed)
+
+
+_GROUPS = {"engine_options": EngineOptions, "sampling_options": SamplingOptions}
+
+
 def with_engine(verb: Callable[..., None]) -> Callable[..., None]:
-    """``verb`` with every field of :class:`EngineOptions` as an option of its own, where it takes ``engine_options``.
+    """``verb`` with every field of :class:`EngineOptions` as an option of its own, where it takes ``engine_options``;
+    of :class:`SamplingOptions` likewise, where it takes ``sampling_options``.
 
     A parameter of its own with a field's name, for another default or help, stands for that field.
     """
-    shared = inspect.signature(EngineOptions, eval_str=True).parameters
     own = inspect.signature(verb, eval_str=True).parameters
+    shared = {name: inspect.signature(_GROUPS[name], eval_str=True).parameters for name in own if name in _GROUPS}
 
     @functools.wraps(verb)
     def run(**given: object) -> None:
-        chosen = EngineOptions(**{name: given[name] for name in shared})
-        verb(**{name: value for name, value in given.items() if name in own}, engine_options=chosen)
+        chosen = {name: _GROUPS[name](**{f: given[f] for f in of}) for name, of in shared.items()}
+        verb(**{name: value for name, value in given.items() if name in own}, **chosen)
 
     seen = []
     for parameter in own.values():
-        if parameter.name == "engine_options":
-            seen += [p for p in shared.values() if p.name not in own]
+        if parameter.name in shared:
+            seen += [p for p in shared[parameter.name].values() if p.name not in own]
         else:
             seen.append(parameter)
     run.__signature__ = inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in seen])

@@ -27,10 +27,9 @@ def record(
         ),
     ] = None,
     max_tokens: options.MaxTokens = 128,
-    temp: options.Temp = 0.0,
-    seed: options.Seed = 0,
     parallel: options.Slots = 1,
     *,
+    sampling_options: options.SamplingOptions,
     engine_options: options.EngineOptions,
     force: options.Force = False,
     json: options.Json = False,
@@ -56,8 +55,8 @@ def record(
     from tracekit.engine.record import record as record_requests
 
     settings = engine_options.settings(parallel)
-    requests = as_requests(loaded, max_tokens, temp, seed)
-    probe = Probe(settings.n_max, seed) if mode == "probe" else None
+    requests = as_requests(loaded, max_tokens, sampling_options.sampling())
+    probe = Probe(settings.n_max, sampling_options.seed) if mode == "probe" else None
     out.show_log()
     with (
         Engine(

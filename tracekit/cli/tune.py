@@ -20,7 +20,12 @@ def tune(
     ] = 0.02,
     space: Annotated[
         Path | None,
-        typer.Option("--space", metavar="FILE", help="TOML: what to search instead of every shipped policy."),
+        typer.Option(
+            "--space",
+            metavar="FILE",
+            help='What to search, TOML, a table per policy: [static] n_max = "1..8/1" p_min = [0, 0.5] '
+            "[default: every shipped policy's].",
+        ),
     ] = None,
     cost: Annotated[
         Path | None,
@@ -33,30 +38,31 @@ def tune(
     json: options.Json = False,
 ) -> None:
     """Search policies on a trace and write the best safe one, judged on requests it was not chosen on."""
+    from tracekit.policy.llama_cpp import server_advice, server_options
     from tracekit.replay.league import League
     from tracekit.report import tables
     from tracekit.trace.store import open_trace
     from tracekit.tune.evidence import tune as search
-    from tracekit.tune.space import default_space, read_space
+    from tracekit.tune.space import read_space
 
     if output is not None:
         _check(output, force, (trace, cost, space))
-    wanted = read_space(space) if space else None
+    wanted = None if space is None else read_space(space)
     league = League.of(open_trace(trace), open_trace(cost) if cost else None, parallel)
-    wanted = wanted or default_space(league.serving.n_slots)
     with out.progress("policies") as update:
         found = search(league, wanted, max_slowdown, folds, seed, update)
     if output is not None:
         found.save(output)
     if json:
-        out.print_json({"policy": found.policy.label} | found.evidence.model_dump(mode="json"))
+        head = {"policy": found.policy.label, "llama_server": server_options(found.policy)}
+        out.print_json(head | found.evidence.model_dump(mode="json"))
     else:
         out.print_table(tables.evidence_table(found))
         print(
-            "(held out): on requests that its choice did not see, fold by fold; the others on all of them. "
+            "(cross-validated): on requests that its choice did not see, fold by fold; the others on all of them. "
             + tables.league_note(league)
         )
-        print(found.evidence.advice)
+        print("\n".join(filter(None, (found.evidence.advice, server_advice(found.policy)))))
     if output is not None:
         out.wrote(output)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tracekit.cli import out
 
@@ -35,3 +36,11 @@ def warn(tuned: PolicyFile, text: str, model: Path, desc: str | None = None, n_s
         out.say(f"warning: {model} is {desc}, {text} was tuned on {e.model_desc}; tune again for this model")
     if n_slots not in (None, e.n_slots):
         out.say(f"warning: {text} was tuned for {e.n_slots} slots, these are {n_slots} (--parallel)")
+
+
+def warn_of_settings(tuned: PolicyFile, text: str, here: Mapping[str, Any]) -> None:
+    """Say which of the settings that acceptance or costs depend on are not ``here`` as ``tuned`` was recorded with."""
+    recorded = tuned.evidence.recorded_with if tuned.evidence else {}
+    other = [f"{name} {value} (here {here[name]})" for name, value in recorded.items() if here.get(name) != value]
+    if other:
+        out.say(f"warning: {text} rests on a trace recorded with {', '.join(other)}")

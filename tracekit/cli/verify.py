@@ -31,10 +31,9 @@ def verify(
     ] = None,
     repeats: Annotated[int, typer.Option("--repeats", help="Live runs of every prompt under every arm.")] = 3,
     max_tokens: options.MaxTokens = 128,
-    temp: options.Temp = 0.0,
-    seed: options.Seed = 0,
     parallel: options.Slots = 1,
     *,
+    sampling_options: options.SamplingOptions,
     engine_options: options.EngineOptions,
     plot: options.Plot = None,
     json: options.Json = False,
@@ -42,9 +41,11 @@ def verify(
     """Run held-out prompts live under no MTP, the naive static policies, the fallback and the tuned policy; compare
     with the prediction.
     """
+    from dataclasses import asdict
+
     import polars as pl
 
-    from tracekit.cli.tuned import read, warn
+    from tracekit.cli.tuned import read, warn, warn_of_settings
     from tracekit.errors import TracekitError
     from tracekit.model.prompt_sets import load
     from tracekit.policy import spec
@@ -69,19 +70,21 @@ def verify(
 
     if tuned.evidence is not None and tuned.evidence.device != device_name():
         out.say(f"warning: {text} was tuned on {tuned.evidence.device}, this is {device_name()}; record and tune here")
+    settings, sampling = engine_options.settings(parallel), sampling_options.sampling()
     warn(tuned, text, model, n_slots=parallel)
-    settings = engine_options.settings(parallel)
-    requests = as_requests(loaded, max_tokens, temp, seed)
+    warn_of_settings(tuned, text, settings.as_dict() | asdict(sampling))
+    requests = as_requests(loaded, max_tokens, sampling)
     arms = [*standard_arms(tuned.policy, settings.n_max), *(Arm(p.label, p) for p in others)]
     with out.progress("live runs") as update:
         verdict = run(
-            model, arms, requests, settings, engine_options.draft_model, repeats, times, seed, update,
+            model, arms, requests, settings, engine_options.draft_model, repeats, times, sampling.seed, update,
         )  # fmt: skip  # what is run, then how
     if json:
         out.print_json(verdict.as_json())
     else:
         out.print_table(tables.verdict_table(verdict))
         out.print_table(tables.categories_table(verdict))
+        print("intervals are for exactly these prompts: predicted, of the fit of costs; measured, of the repeats")
         print(verdict.sentence)
         if tuned.evidence is not None:
             e = tuned.evidence

@@ -84,9 +84,10 @@ class Policy:
 
     @property
     def label(self) -> str:
-        """The policy as one writes it on the command line, parameters at their defaults left out."""
+        """The policy as one writes it on the command line; parameters at their defaults are left out, but for n_max."""
         head = str(self.rule.path) if self.rule.path.parent != SHIPPED else self.rule.name
-        changed = {k: v for k, v in self.params._asdict().items() if v != self.rule.defaults[k]}
+        given = self.params._asdict()
+        changed = {k: v for k, v in given.items() if k == "n_max" or v != self.rule.defaults[k]}
         return head + (":" + ",".join(f"{k}={_text(v)}" for k, v in changed.items()) if changed else "")
 
     def decide(self, state: Any, now: Now) -> tuple[int, float]:

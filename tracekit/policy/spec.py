@@ -103,7 +103,7 @@ def _split(text: str) -> list[tuple[str, dict[str, str]]]:
         if part:
             key, equals, value = (x.strip() for x in part.partition("="))
             if not equals or not key or not value or not policies:
-                raise TracekitError(f"{text!r}: {part!r} is not key=value")
+                raise TracekitError(f"{text!r}: {part!r} is not key=value; write name:key=value, as in static:n_max=4")
             if key in policies[-1][1]:
                 raise TracekitError(f"{text!r}: {key} is given twice")
             policies[-1][1][key] = value

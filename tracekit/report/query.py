@@ -26,4 +26,5 @@ def query(trace: TraceFile, sql: str) -> pl.DataFrame:
         except pl.exceptions.PolarsError:
             raise TracekitError("the result is of a type that no table shows; cast it: x::VARCHAR") from None
         except duckdb.Error as error:
-            raise TracekitError(f"the query failed: {str(error).splitlines()[0]}") from None
+            reason = str(error).splitlines()[0]
+            raise TracekitError(f"the query failed: {reason}; `tracekit sql TRACE` prints the tables") from None

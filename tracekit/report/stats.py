@@ -186,6 +186,10 @@ def _baselines(trace: TraceFile) -> pl.DataFrame:
 
 def _notes(runs: pl.DataFrame, acceptance: pl.DataFrame) -> list[str]:
     notes = []
+    if (runs["mode"] == "probe").any():
+        notes.append(
+            "tau and ampl. of the arm probe are what probing did; `tracekit replay` tells what a policy would do"
+        )
     ended = runs.filter(pl.col("wall_us").is_not_null() & (pl.col("wall_us") > 0))
     if ended.height:
         share = (ended["record_us"].sum() + ended["writer_us"].sum()) / ended["wall_us"].sum()

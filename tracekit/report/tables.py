@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from tracekit.verify import Verdict
 
 
+_SHOWN = {"calibration": "baselines"}  # what an arm is called in tables; a calibration is another thing to its reader
+
+
 def interval(row: dict[str, Any], name: str, digits: int) -> str:
     """``12.3 (11.9 - 12.8)`` from the columns ``name``, ``name_low`` and ``name_high``; without them what was seen
     once.
@@ -131,11 +134,11 @@ def league_note(league: League) -> str:
 
 
 def evidence_table(found: PolicyFile) -> Table:
-    """The tuned policy, predicted on held-out requests, above what it was compared with."""
+    """The tuned policy, predicted on requests its choice did not see, above what it was compared with."""
     e = found.evidence
     rows = [
         [
-            f"{found.policy} (held out)",
+            f"{found.policy} (cross-validated)",
             interval(e.model_dump(), "tokens_per_second", 1),
             interval(e.model_dump(), "speedup", 3),
             "yes",
@@ -210,7 +213,7 @@ def stats_tables(summary: Summary) -> list[Table]:
         by.remove("policy")
     requests = [
         [
-            *(r[c] or "-" for c in by),
+            *(_SHOWN.get(r[c], r[c]) or "-" for c in by),
             *(str(r[c]) for c in ("requests", "tokens", "verifications", "drafted", "accepted")),
             _cell(r["tau"], 2),
             _cell(r["amplification"], 2),
@@ -219,7 +222,12 @@ def stats_tables(summary: Summary) -> list[Table]:
     ]
     parts = ("draft", "catchup", "target", "sample", "policy", "record")
     time = [
-        [r["arm"], str(r["steps"]), f"{r['wall_us'] / 1e6:.2f}", *(f"{100 * r[f'{p}_ratio']:.1f} %" for p in parts)]
+        [
+            _SHOWN.get(r["arm"], r["arm"]),
+            str(r["steps"]),
+            f"{r['wall_us'] / 1e6:.2f}",
+            *(f"{100 * r[f'{p}_ratio']:.1f} %" for p in parts),
+        ]
         for r in summary.time.iter_rows(named=True)
     ]
     baselines = [
@@ -231,7 +239,11 @@ def stats_tables(summary: Summary) -> list[Table]:
         for r in summary.baselines.iter_rows(named=True)
     ]
     return [
-        table(["category", "draft", "right (95 %)", "n"], accept, title="Acceptance by position"),
+        table(
+            ["category", "draft", "right (95 %)", "n"],
+            accept,
+            title="Acceptance by position (n: drafts tried; intervals over requests)",
+        ),
         table(
             [*by, "requests", "tokens", "verifications", "drafted", "accepted", "tau", "ampl."],
             requests,

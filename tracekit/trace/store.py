@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ from tracekit.trace import schema
 from tracekit.trace.files import held_by
 from tracekit.trace.journal import journal_of
 
+_COSTLY = "threads", "gpu_layers", "cache_type_k", "cache_type_v", "flash_attn"
 PATIENCE_S = 2.0  # with another process that holds the file: a reader that completes it is done by then
 
 
@@ -54,6 +56,20 @@ class TraceFile:
         return "+".join(self.runs["trace_id"])
 
 
+def recorded_with(trace: TraceFile) -> dict[str, Any]:
+    """What acceptance and costs of ``trace`` depend on beside model and machine: settings of its engine, and the
+    sampling of its requests as far as all were sampled alike.
+    """
+    settings = json.loads(trace.runs["settings"][-1])
+    found = {name: settings[name] for name in _COSTLY if name in settings}
+    names = [name for name in ("temp", "top_k", "top_p", "min_p") if trace.has("requests", name)]
+    for name in names:
+        values = trace.frame(f"SELECT DISTINCT {name} FROM requests WHERE arm IN ('probe', 'live')")[name].to_list()
+        if len(values) == 1:
+            found[name] = round(values[0], 6)  # a REAL
+    return found if found.get("temp") else {k: v for k, v in found.items() if k not in names[1:]}  # greedy uses none
+
+
 def open_trace(path: str | Path) -> TraceFile:
     """The trace at ``path``, checked. Raises :class:`TracekitError` for what is no trace of this schema."""
     trace = TraceFile(Path(path))
@@ -84,7 +100,7 @@ def connect(path: Path) -> duckdb.DuckDBPyConnection:
     Waits a little for another reader that is doing so. Raises :class:`TracekitError` where DuckDB cannot give one.
     """
     if not path.is_file():
-        raise TracekitError(f"{path}: no such file; `tracekit record` writes traces")
+        raise TracekitError(f"{path}: no such file; `tracekit record` writes traces, `tracekit calibrate` costs")
     with path.open("rb") as file:
         head = file.read(12)
     if head[8:12] != b"DUCK":

@@ -13,22 +13,25 @@ from tracekit.policy.evidence import Alternative, Evidence
 from tracekit.policy.file import PolicyFile
 from tracekit.policy.rule import Policy, rule
 from tracekit.replay.league import Interval, League
+from tracekit.trace.store import recorded_with
 from tracekit.tune.search import Progress, Search, held_out_counts, search, worst_slowdown
+from tracekit.tune.space import default_space
 
 
 def tune(
     league: League,
-    space: Mapping[str, Mapping[str, str]],
+    space: Mapping[str, Mapping[str, str]] | None = None,
     max_slowdown: float = 0.02,
     folds: int = 5,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> PolicyFile:
-    """The best safe policy in ``space`` on the trace of ``league``, with its evidence.
+    """The best safe policy in ``space`` (None: every shipped policy's) on the trace of ``league``, with its evidence.
 
     It is ``off`` unless the speed-up on requests the choice was not made on is above 1 with its whole 95 % interval,
     which on a live trace spans what is not known.
     """
+    space = default_space(league.serving.n_slots) if space is None else space
     found = search(league, space, max_slowdown, folds, seed, progress)
     filled = held_out_counts(league, found)
     gain = league.gain(filled)
@@ -53,6 +56,7 @@ def tune(
             device=priced["device"],
             priced_by=Path(league.priced.path).name,
             cost_model=league.cost.id,
+            recorded_with=recorded_with(league.trace),
             n_slots=league.serving.n_slots,
             n_requests=league.positions.n_requests,
             n_tokens=int(league.tokens.sum()),
@@ -75,8 +79,8 @@ def tune(
 
 
 def references(league: League) -> dict[str, Policy]:
-    """The policies every tuned one is compared with: naive, one draft, the best fixed length, and the seed's
-    fallback.
+    """The policies every tuned one is compared with: naive, one draft, the best fixed length, and the fallback
+    of PR 22931.
     """
     n_max = league.positions.n_max
     fixed = league.table(league.static_policies())
@@ -92,7 +96,7 @@ def references(league: League) -> dict[str, Policy]:
 def _alternatives(league: League, found: Search, max_slowdown: float) -> tuple[Alternative, ...]:
     plain = league.no_mtp_speed()
     out = [_alternative("no MTP", plain, 1.0, True)]
-    runners_up = [found.policies[i] for i in np.argsort(found.times.sum(1), kind="stable")[:3]]
+    runners_up = [found.policies[i] for i in np.argsort(found.total_us, kind="stable")[:3]]
     policies = [
         p for p in dict.fromkeys([*references(league).values(), *runners_up]) if p not in (found.policy, rule("off")())
     ]
@@ -117,7 +121,7 @@ def _alternative(label: str, speed: Interval, gain: float, safe: bool) -> Altern
 
 def _advice(policy: Policy, gain: Interval, worst: str, worst_gain: Interval, exact: float, league: League) -> str:
     n_slots = league.serving.n_slots
-    n = f"n = {league.positions.n_requests} requests{f' over {n_slots} slots' if n_slots > 1 else ''}, held out"
+    n = f"n = {league.positions.n_requests} requests{f' over {n_slots} slots' if n_slots > 1 else ''}, cross-validated"
     live = league.positions.mode == "live"
     if policy == rule("off")():
         return (

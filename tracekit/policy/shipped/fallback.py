@@ -3,7 +3,7 @@
 Source: llama.cpp PR 22931. After the first verification: off when accepted < min_ratio * drafted. After any later
 one: off when nothing was accepted (zero_trip). Off lasts for the rest of the request; there, with resume_after = 0
 and scope = request, as its author proposed it. Ours: min_drafts (how many drafts must have been verified before the
-ratio is judged; the seed judges the first verification whatever its size), resume_after (drafting starts afresh after
+ratio is judged; the PR judges the first verification whatever its size), resume_after (drafting starts afresh after
 that many plain tokens), scope = engine (a trip outlives the request) and p_min.
 """
 

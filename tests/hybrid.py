@@ -18,8 +18,11 @@ N_LAYER, N_EMBD, N_FF, N_HEAD, HEAD = 4, 64, 128, 2, 32
 STATE, GROUPS, RANK, CONV = 64, 2, 4, 4
 
 
-def write(path: Path, scale: float = 0.3, seed: int = 0) -> Path:
-    """Write it to ``path`` in float32, with the reference model's vocabulary; ``scale``: of what the blocks add."""
+def write(path: Path, scale: float = 0.3, seed: int = 0, split: int = 0) -> Path:
+    """Write it to ``path`` in float32, with the reference model's vocabulary; ``scale``: of what the blocks add.
+
+    ``split``: tensors of a shard, the files being named as llama.cpp names them.
+    """
     rng, vocabulary = np.random.default_rng(seed), weights.read(REFERENCE)
     n_vocab, inner = len(vocabulary.tokens), STATE * RANK
     qkv = 2 * STATE * GROUPS + inner
@@ -75,7 +78,7 @@ def write(path: Path, scale: float = 0.3, seed: int = 0) -> Path:
     tensors[f"{b}.nextn.eh_proj.weight"] = np.eye(N_EMBD, 2 * N_EMBD, dtype=np.float32)
     tensors |= {f"{b}.nextn.{name}.weight": ones(N_EMBD) for name in ("enorm", "hnorm", "shared_head_norm")}
 
-    out = gguf.GGUFWriter(path, "qwen35")
+    out = gguf.GGUFWriter(path, "qwen35", split_max_tensors=split)
     out.add_block_count(N_LAYER + 1)
     out.add_nextn_predict_layers(1)
     out.add_context_length(4096)

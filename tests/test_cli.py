@@ -160,6 +160,10 @@ def test_doctor_says_what_will_work(models):
     assert facts["model"]["NextN layers"] == 1
     assert facts["model"]["memory"] == "partial"
     assert "works" in facts["model"]["verdict"]
+    sidecar = tracekit("doctor", models["plain"], "--draft-model", models["sidecar"], "--json").stdout
+    assert "works" in json.loads(sidecar)["model"]["verdict"]
+    other = tracekit("doctor", models["plain"], "--draft-model", models["wide"], "--json").stdout
+    assert "width or vocabulary" in json.loads(other)["model"]["verdict"]
     assert facts["devices"]
 
 
@@ -311,6 +315,7 @@ def test_verify_compares_prediction_and_measurement(models, tuned, prompts, tmp_
     assert "static:n_max=4" in text.stdout
     assert "c, n = 2" in text.stdout
     assert "(once)" in text.stdout
+    assert "recorded with cache_type_k f16 (here f32), cache_type_v f16 (here f32), flash_attn auto" in text.stderr
     assert plot.read_text().startswith("<svg")
 
 

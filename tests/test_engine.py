@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from tracekit.engine import Engine, Probe, Request, Sampling, Settings
+from tracekit.engine.model import check_drafter
 from tracekit.errors import TracekitError
 from tracekit.policy.rule import rule
 from tracekit.policy.spec import parse, parse_one
@@ -241,6 +242,7 @@ def test_rows_of_a_fused_batch_are_its_own(models, settings, monkeypatch):
         (lambda m, s: Settings(cache_type_k="int3"), "one of"),
         (lambda m, s: Settings(n_ctx=1), "8 or more"),
         (lambda m, s: Sampling(temp=-1), "between"),
+        (lambda m, s: Sampling(seed=2**32 - 1), "between 0 and 4294967294"),  # llama.cpp: another seed each time
         (lambda m, s: Sampling(seed=1.5), "seed 1.5: a whole number between"),
         (lambda m, s: Sampling(temp="hot"), "temp hot: a number between"),
         (lambda m, s: Engine(m["plain"], settings=s, probe=Probe(9)), "a probe of 9 drafts: the engine's n_max is 6"),
@@ -267,6 +269,42 @@ def test_model_without_nextn_layers_is_refused(tmp_path, settings):
         Engine(path, rule("static")(n_max=2), settings)
     with Engine(path, settings=settings, mtp=False) as engine:
         assert len(engine.generate("import", max_tokens=5).tokens) == 5
+
+
+@pytest.mark.parametrize("arch", ["deepseek4", "mimo2", "qwen3next", "step35"])
+def test_graphs_that_keep_back_hidden_states_are_refused(engine, monkeypatch, arch):
+    """Where llama.cpp would abort the process, one line comes before."""
+    monkeypatch.setitem(vars(engine.model), "facts", replace(engine.model.facts, arch=arch))
+    with pytest.raises(TracekitError, match=f"MTP graph for {arch}"):
+        check_drafter(engine.model, engine.model)
+
+
+def test_a_signal_while_llama_cpp_loads_is_not_lost(models, settings, monkeypatch):
+    """What a signal's handler raises inside llama.cpp's log callback comes out of the engine that was being made."""
+    from tracekit.engine import lib
+
+    class Interrupted(list):
+        """A log's listener that a signal hits, once."""
+
+        def append(self, line):
+            lib._listeners.remove(self)
+            raise KeyboardInterrupt
+
+    lib._listeners.append(Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        Engine(models["plain"], settings=settings)
+    with Engine(models["plain"], settings=settings) as engine:
+        assert engine.generate("import", max_tokens=3).tokens
+
+
+def test_control_tokens_in_a_prompt_are_control_tokens(engine):
+    """As in llama-server, and as a chat template means them."""
+    assert engine.model.tokenize("a<|endoftext|>b") == [
+        0,
+        *engine.model.tokenize("a")[1:],
+        0,
+        *engine.model.tokenize("b")[1:],
+    ]
 
 
 def test_damaged_model_gets_one_clear_line(models, tmp_path):

@@ -8,9 +8,10 @@ from itertools import pairwise
 
 import pytest
 
-from tracekit.engine import Engine, Probe
+from tracekit.engine import Engine, Probe, lib
 from tracekit.engine.calibrate import Plan, Sweep, calibrate
 from tracekit.engine.doctor import examine
+from tracekit.engine.model import sha256_of
 from tracekit.engine.record import record
 from tracekit.errors import TracekitError
 from tracekit.policy.spec import parse, parse_one
@@ -87,6 +88,25 @@ def test_replay_is_live(model, settings, plain, tmp_path):
     names = summarise(trace).baselines["baseline"].to_list()
     assert names[:3] == ["no MTP", "off, MTP loaded", "MTP idle"]
     assert League.of(trace).cost.prices[kernel.BARE] < 0  # without MTP: snapshots take time
+
+
+def test_a_model_in_shards_is_one_model(model, settings, plain, tmp_path):
+    """Its NextN block lies in the last shard and is found; its hash is of all shards; a missing one is one line."""
+    hybrid.write(tmp_path / "m.gguf", split=25)
+    first, *_, last = sorted(tmp_path.iterdir())
+    assert last.name.endswith(f"-of-{last.name[-10:-5]}.gguf")
+    assert not any(".nextn." in name for name in lib.tensor_names(first))
+    with Engine(first, "static:n_max=3", settings) as engine:
+        done = {c.request.prompt_id: c.tokens for c in engine.run(requests())}
+    assert done == plain
+    before = sha256_of(first)
+    with last.open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"\0\0\0\0")
+    assert sha256_of(first) != before
+    last.unlink()
+    with pytest.raises(TracekitError, match="llama.cpp cannot load it"):
+        Engine(first, settings=settings)
 
 
 def test_batches_that_would_abort_llama_cpp_are_refused(model, settings):

@@ -9,13 +9,17 @@ import numpy as np
 import pytest
 
 import tracekit
+from tracekit.engine import Engine
 from tracekit.policy.spec import parse, parse_one
 from tracekit.replay.arrays import Positions
+from tracekit.replay.costs import _Steps
 from tracekit.replay.league import League
 from tracekit.replay.simulate import rounds
 from tracekit.trace.store import open_trace
 from tracekit.tune.evidence import tune
 from tracekit.tune.space import default_space
+
+from .conftest import requests
 
 TRACES = Path(__file__).parent.parent / "traces"
 RECORDED = ("fallback:n_max=8,min_ratio=0.3,resume_after=16", "static:n_max=4", "fallback:n_max=8,scope=engine")
@@ -56,6 +60,19 @@ def test_intervals_hold_the_truth(truth, recorded):
     by = live.by_category(parse_one("static:n_max=3"))
     held = truth.by_category(parse_one("static:n_max=3"))["speedup"]
     assert ((by["speedup_low"] <= held) & (held <= by["speedup_high"])).all()
+
+
+def test_requests_without_names_are_apart_in_time(models, settings, tmp_path):
+    """Where prompts have no ids, as in a server, every request is a block of its own for drift and intervals."""
+    path, prose = tmp_path / "t.duckdb", requests()[1].prompt
+    with Engine(models["plain"], settings=settings, trace=path) as engine:
+        for policy in ("off", "static:n_max=0", "static:n_max=6") * 4:
+            engine.set_arm(mtp=policy != "off")
+            engine.generate(prose, max_tokens=60, policy=policy)
+    steps = _Steps.read(open_trace(path), 6)
+    assert len(np.unique(steps.block)) == 12
+    cost = League.of(open_trace(path)).cost
+    assert (cost.boot.std(0)[cost.prices != 0] > 0).any()
 
 
 @pytest.mark.parametrize("recorded", RECORDED)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from dataclasses import replace
 
+import duckdb
 import numpy as np
 import pytest
 from hypothesis import given
@@ -23,7 +25,7 @@ from tracekit.replay.league import League
 from tracekit.replay.serving import Serving
 from tracekit.testing import random_positions
 from tracekit.trace.store import open_trace
-from tracekit.verify import _shares_us
+from tracekit.verify import _shares_us, verify
 
 from . import hybrid
 from .conftest import N_MAX, POLICIES, requests
@@ -255,6 +257,20 @@ def test_what_was_not_measured_is_refused(several, probe_traces):
     with pytest.raises(TracekitError, match="1 or more"):
         League.of(some, n_slots=0)
     assert League.of(single, some, n_slots).table(parse("static:n_max=2"))["tokens_per_second"][0] > 0
+
+
+def test_costs_of_other_batches_are_a_warning(models, settings, several, tmp_path):
+    """A trace priced by one whose batches are made otherwise says so; verify refuses such times."""
+    chosen = several[0]
+    assert League.of(open_trace(several[1])).warning == ""
+    other = tmp_path / "other.duckdb"
+    shutil.copy(several[1], other)
+    changed = json.dumps(chosen.as_dict() | {"n_ubatch": 32})
+    with duckdb.connect(str(other)) as con:
+        con.execute("UPDATE runs SET settings = ?", [changed])
+    assert "n_ubatch 32 and not 64" in League.of(open_trace(several[1]), open_trace(other)).warning
+    with pytest.raises(TracekitError, match="n_ubatch 32 and not 64"):
+        verify(models["plain"], [], requests(), chosen, times=open_trace(other))
 
 
 def test_verify_over_several_slots(models):

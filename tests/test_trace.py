@@ -66,6 +66,24 @@ def _journal(folder, events, run=3):
     return writer, journal.path
 
 
+def test_what_an_interrupt_left_of_a_verification_is_not_the_next_ones():
+    """After an exception between a verification's lists and itself, later ones keep their own."""
+    pending = Pending(3)
+    pending.verified((1,) * 10, "n_max", [7], [0.5], [8, 9])
+    pending._draft_ids += [1, 2, 3]
+    pending._tokens += [4]
+    pending.aborted()
+    pending._lengths += (1, 0, 0)
+    pending._stops.append("room")
+    pending.aborted()
+    pending.verified((2,) * 10, "p_min", [5], [], [6])
+    entry = pending.take()
+    assert np.frombuffer(entry.draft_ids, np.int32).tolist() == [7, 5]
+    assert np.frombuffer(entry.tokens, np.int32).tolist() == [8, 9, 6]
+    assert np.frombuffer(entry.lengths, np.int32).tolist() == [1, 1, 2, 1, 0, 1]
+    assert entry.n_verifications == 2
+
+
 def _verifications(writer):
     return writer._con.execute("SELECT * FROM verifications").fetchall()
 

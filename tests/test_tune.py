@@ -1,0 +1,79 @@
+"""The search: every choice is the fastest safe one of what it saw, checked against a search without shortcuts."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+from tracekit.policy.rule import rule
+from tracekit.replay import kernel
+from tracekit.replay.league import League
+from tracekit.testing import random_positions
+from tracekit.tune.search import _folds, held_out_counts, search, worst_slowdown
+
+from .test_replay import made_up_cost
+
+SPACE = {"static": {"n_max": "1..4/1", "p_min": "0,0.5"}, "fallback": {"n_max": "2,4", "min_ratio": "0.3,0.8"}}
+
+
+def _league(seed: int) -> League:
+    return League(random_positions(random.Random(seed), 24, 8), made_up_cost(seed))
+
+
+@examples(max_examples=12)
+@given(st.integers(0, 10**6), st.sampled_from([0.0, 0.02, 0.3]))
+def test_every_choice_is_the_fastest_safe_one(seed, max_slowdown):
+    """Of all requests, and of those outside each fold: no category slower than allowed, and nothing safe is faster.
+    What the choices come to on requests they have not seen keeps within what was asked.
+    """
+    league = _league(seed)
+    found = search(league, SPACE, max_slowdown, folds=4, seed=seed)
+    times = league.times(found.policies)
+    times[0] = league.no_mtp_us
+    assert found.policies[0] == rule("off")()
+    assert np.allclose(found.total_us, times.sum(1))
+    fold = _folds(league.positions.categories, 4, seed)
+
+    def best(seen: np.ndarray) -> float:
+        safe = np.ones(len(times), bool)
+        for member in league.members.values():
+            here = member & seen
+            safe &= times[:, here].sum(1) <= (1 + found.allowed) * league.no_mtp_us[here].sum() + 1e-6
+        safe[0] = True
+        return times[safe][:, seen].sum(1).min()
+
+    for k in range(4):
+        (chosen,) = set(found.held_out[fold == k].tolist())
+        if found.chosen:
+            assert times[chosen, fold != k].sum() == pytest.approx(best(fold != k))
+    if found.chosen:
+        assert times[found.chosen].sum() == pytest.approx(best(np.ones(len(fold), bool)))
+        assert worst_slowdown(league, times[found.held_out, np.arange(len(fold))]) <= max_slowdown + 1e-9
+
+
+def test_folds_without_drafts_are_the_baseline():
+    """Where a choice is not to speculate, its requests are priced without MTP, whatever loading it costs."""
+    league = _league(3)
+    league.cost.prices[kernel.BARE] -= 50.0
+    found = search(league, SPACE, folds=4)
+    off = np.arange(24) % 2 == 0
+    mixed = type(found)(found.policies, found.total_us, found.chosen, np.where(off, 0, 1), found.allowed)
+    (counts,) = held_out_counts(league, mixed)
+    assert np.allclose((counts @ league.cost.prices)[off], league.no_mtp_us[off])
+    assert np.allclose((counts @ league.cost.prices)[~off], league.times([found.policies[1]])[0][~off])
+
+
+def test_memory_does_not_grow_with_policies_times_requests(monkeypatch):
+    """However few times are held at once, the search finds the same."""
+    whole = search(_league(5), SPACE, folds=4)
+    monkeypatch.setattr("tracekit.tune.search._MOST_TIMES", 30)
+    monkeypatch.setattr("tracekit.replay.league._MOST_BYTES", 1)
+    league = _league(5)
+    pieces = search(league, SPACE, folds=4)
+    assert (pieces.policies, pieces.chosen, pieces.allowed) == (whole.policies, whole.chosen, whole.allowed)
+    assert league.table(pieces.policies).equals(_league(5).table(pieces.policies))

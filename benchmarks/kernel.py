@@ -28,7 +28,6 @@ N_MAX, TOKENS = 8, 512
 C_SOURCE = r"""
 #include <stdint.h>
 #include <stdbool.h>
-#define SCALARS 19
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 /* policy 0: static; 1: fallback with ratio, zero-accept trip and resumption */
 void walk(int policy, int64_t n_max, double min_ratio, int zero_trip, int64_t resume_after,
@@ -116,7 +115,18 @@ def c_walk(folder: Path):
     """The C loop, compiled with ``cc -O3``."""
     (folder / "walk.c").write_text(C_SOURCE)
     subprocess.run(
-        ["cc", "-O3", "-march=native", "-shared", "-fPIC", "-o", folder / "walk.so", folder / "walk.c"], check=True
+        [
+            "cc",
+            "-O3",
+            f"-DSCALARS={kernel.N_SCALARS}",
+            "-march=native",
+            "-shared",
+            "-fPIC",
+            "-o",
+            folder / "walk.so",
+            folder / "walk.c",
+        ],
+        check=True,
     )
     return ctypes.CDLL(str(folder / "walk.so")).walk
 

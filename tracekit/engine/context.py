@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import numpy as np
 
@@ -123,6 +124,7 @@ class Context:
         self._n_embd, self.n_vocab = model.facts.n_embd, model.facts.n_vocab
         self._raw = ctypes.cast(self.handle, ctypes.c_void_p)
         self._views: dict[tuple[int, int, type], np.ndarray] = {}
+        self._best: dict[int, Callable[[], int]] = {}  # the arg-max of the row at an address
         self._threads = lib.ThreadPool(n_threads) if target is None else None
         (self if target is None else target)._threads.attach(self._raw)
         self._samplers: dict[int, object] = {}  # chains that llama.cpp runs, by sequence; freed with the context
@@ -154,7 +156,11 @@ class Context:
 
     def best(self, row: int) -> int:
         """The most likely token at batch row ``row`` of the last decode, the first in the vocabulary of equals."""
-        return int(self._view(lib.logits_row_address(self._raw, row), self.n_vocab)[0].argmax())
+        address = lib.logits_row_address(self._raw, row)
+        find = self._best.get(address)
+        if find is None:
+            find = self._best[address] = self._view(address, self.n_vocab)[0].argmax
+        return int(find())
 
     def set_sampler(self, seq: int, chain: object | None) -> bool:
         """Have llama.cpp run the sampler ``chain`` on the device for every output row of ``seq`` (a *backend sampler*):

@@ -31,7 +31,7 @@ def cost_model() -> CostModel:
     prices[walk.N_SCALARS + N_MAX + 2 :] = np.linspace(0, 300, N_MAX + 2)
     prices[walk.LONG_CATCHUP_ROWS] = 30
     noise = np.random.default_rng(0).normal(1, 0.01, (N_BOOT, len(prices)))
-    return CostModel(N_MAX, prices, prices * noise, None, 0.01, 0, 1 << 20)
+    return CostModel(N_MAX, prices, prices * noise, None, 0.01, 0, 1 << 20, 2)
 
 
 def main() -> None:

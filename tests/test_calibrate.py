@@ -250,7 +250,7 @@ def test_fit_holds_over_a_wide_range_of_contexts():
         return 8000 + 1500 * (width > 8) + 60 * width + 0.2 * cells * (1 + 0.02 * width)
 
     rng = np.random.default_rng(0)
-    names = [f.name for f in fields(_Steps)[3:]]
+    names = [f.name for f in fields(_Steps)[4:]]
     rows: list[dict[str, float]] = []
     for block, cells in itertools.product(range(3), (768, 2304, 8448, 16640)):
         for k in [*np.repeat(rng.permutation(17), 4), *[None] * 17]:  # None: without MTP
@@ -263,7 +263,7 @@ def test_fit_holds_over_a_wide_range_of_contexts():
             values = (block, k is not None, False, cells, drafts + 1, before["width"], 1, drafts, again, left)
             times = (target, first, draft, 0, 30, target + draft + 130)
             rows.append(dict(zip(names, (*values, *times), strict=True)))
-    steps = _Steps("", "", None, *(np.array([r[name] for r in rows], float) for name in names))
+    steps = _Steps("", "", None, 3, *(np.array([r[name] for r in rows], float) for name in names))
     prices = steps.steadied(16)[0].prices(16)
     for cells, width in itertools.product((256, 1024, 4096, 16640), (1, 5, 8, 9, 17)):
         context_us = cells * (prices[kernel.KV] + prices[kernel.KV_WIDTH] * width)

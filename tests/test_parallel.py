@@ -259,6 +259,20 @@ def test_what_was_not_measured_is_refused(several, probe_traces):
     assert League.of(single, some, n_slots).table(parse("static:n_max=2"))["tokens_per_second"][0] > 0
 
 
+@pytest.mark.parametrize("n_slots", [1, 3])
+def test_one_stretch_of_time_has_an_interval_and_a_warning(models, settings, tmp_path, n_slots):
+    """Costs of a single wave, or prompt, do not claim to be exact; that drift is not in their intervals is said."""
+    path = tmp_path / "t.duckdb"
+    chosen = replace(settings, n_slots=n_slots)
+    with Engine(models["plain"], settings=chosen, trace=path, probe=Probe(N_MAX, seed=1)) as engine:
+        record(engine, [replace(r, max_tokens=120) for r in requests()][:: 1 if n_slots > 1 else 5], baseline=True)
+    league = League.of(open_trace(path))
+    assert league.cost.n_blocks == 1
+    assert "how much the machine drifts" in league.warning
+    speed = league.speed_of_these(parse_one("static:n_max=2"))
+    assert speed.low < speed.value < speed.high
+
+
 def test_costs_of_other_batches_are_a_warning(models, settings, several, tmp_path):
     """A trace priced by one whose batches are made otherwise says so; verify refuses such times."""
     chosen = several[0]

@@ -45,7 +45,7 @@ def made_up_cost(seed, n_max=8):
     prices[kernel.LONG_CATCHUP_ROWS] = slope
     prices[kernel.LONG_CATCHUPS] = prices[-1] - slope * (n_max + 1)
     prices[kernel.BARE] = -0.1 * prices[kernel.STEPS] - prices[kernel.TOKENS] - 0.01 * prices[widths + 1]
-    return CostModel(n_max, prices, prices[None], None, 0.0, 0, 1 << 20)
+    return CostModel(n_max, prices, prices[None], None, 0.0, 0, 1 << 20, 2)
 
 
 @settings(max_examples=25)

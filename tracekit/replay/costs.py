@@ -25,6 +25,7 @@ from tracekit.errors import TracekitError
 from tracekit.replay import kernel
 from tracekit.replay.robust import (
     LEAST,
+    blocks_of,
     cell_means,
     deviation,
     line,
@@ -51,7 +52,7 @@ class CostModel:
     ``prices``: float64 ``[n_counts]``. ``boot``: the same fitted to resampled requests, ``[n_boot, n_counts]``.
     ``cells``: what was measured, how often, and its median. ``spread_ratio``: median absolute deviation of a step's
     measured time over its fitted one. ``most_tokens``: in memory, of the steps measured; beyond that context is
-    extrapolated.
+    extrapolated. ``n_blocks``: stretches of time; with one the machine's drift is not in ``boot``.
     """
 
     n_max: int
@@ -61,6 +62,7 @@ class CostModel:
     spread_ratio: float
     n_steps: int
     most_tokens: int
+    n_blocks: int
 
     @property
     def id(self) -> str:
@@ -91,6 +93,7 @@ def fit(trace: TraceFile, n_max: int, n_boot: int = N_BOOT, seed: int = 0) -> Co
         spread_ratio=deviation(ratio),
         n_steps=len(steps.wall),
         most_tokens=int(steps.kv.max()),
+        n_blocks=steps.n_blocks,
     )
 
 
@@ -109,6 +112,7 @@ class _Steps:
     path: str
     advice: str  # where something is missing
     prompt_line: tuple[float, float] | None  # microseconds of a prompt's catch-up in one batch: fixed, and per row
+    n_blocks: int  # stretches of time
     block: np.ndarray  # consecutive requests of one prompt: close together in time
     mtp: np.ndarray
     loaded: np.ndarray  # without MTP, where it was loaded and snapshots of the state were taken all the same
@@ -166,7 +170,8 @@ class _Steps:
         several = trace.frame("SELECT max((settings->>'n_slots')::INT) AS n FROM runs")["n"][0] > 1
         advice = alone if several and not calibration else _MORE[verb]
         columns = {c: frame[c].cast(pl.Float64).to_numpy() for c in frame.columns}
-        found = cls(str(trace.path), advice, _prompt_line(trace), **columns)
+        columns["block"], n_blocks = blocks_of(columns["block"])
+        found = cls(str(trace.path), advice, _prompt_line(trace), n_blocks, **columns)
         if ((found.mtp == 0) & (found.loaded == 0)).sum() < LEAST:
             baseline = alone if several else f"record with --baseline, {_OR}"
             raise TracekitError(f"{trace.path}: the baseline without MTP was not recorded; {baseline}")
@@ -174,8 +179,8 @@ class _Steps:
 
     def take(self, chosen: np.ndarray) -> _Steps:
         """The steps at ``chosen`` (a mask or indices)."""
-        columns = (getattr(self, f.name)[chosen] for f in fields(self)[3:])
-        return _Steps(self.path, self.advice, self.prompt_line, *columns)
+        columns = (getattr(self, f.name)[chosen] for f in fields(self)[4:])
+        return _Steps(self.path, self.advice, self.prompt_line, self.n_blocks, *columns)
 
     def steadied(self, n_max: int) -> tuple[_Steps, np.ndarray]:
         """The steps as if the machine had run at its mean speed throughout, and how slow each block was (mean 1 over

@@ -114,13 +114,16 @@ class League:
     @property
     def warning(self) -> str:
         """What one should know before trusting the prices; empty where there is nothing."""
-        if self.serving.n_slots > 1:
-            unlike = self.trace and self.serving.unlike(Serving.of(self.trace, self.serving.n_slots))
-            return f"times are of other settings than the trace's: {unlike}" if unlike else ""
+        found, n_slots = [], self.serving.n_slots
+        if self.cost.n_blocks == 1:
+            found.append("all times are of one stretch: how much the machine drifts is not in the intervals")
+        if unlike := n_slots > 1 and self.trace and self.serving.unlike(Serving.of(self.trace, n_slots)):
+            found.append(f"times are of other settings than the trace's: {unlike}")
         longest, known = int((self.positions.n_prompt + self.positions.n_generated).max()), self.cost.most_tokens
-        if longest <= known:
-            return ""
-        return f"requests reach {longest} tokens, times were measured up to {known}: beyond, context is extrapolated"
+        if n_slots == 1 and longest > known:
+            reach = f"requests reach {longest} tokens, times were measured up to {known}"
+            found.append(f"{reach}: beyond, context is extrapolated")
+        return "; ".join(found)
 
     def clairvoyant_speed(self) -> float | None:
         """Tokens per second of the clairvoyant optimum, a bound; None with several slots."""

@@ -19,7 +19,7 @@ from tracekit.errors import TracekitError
 from tracekit.policy.rule import rule
 from tracekit.replay import link, lockstep
 from tracekit.replay.costs import N_BOOT, CostModel, measured_cells
-from tracekit.replay.robust import LEAST, deviation, members, pulled_in, slowness_of, widened
+from tracekit.replay.robust import LEAST, blocks_of, deviation, members, pulled_in, slowness_of, widened
 from tracekit.trace.store import TraceFile
 
 Sizes = tuple[int, int, int, bool, int, int]  # tracekit.replay.serving.Serving.sizes
@@ -64,6 +64,7 @@ def fit(trace: TraceFile, n_max: int, sizes: Sizes, n_boot: int = N_BOOT, seed: 
         spread_ratio=deviation(ratio),
         n_steps=len(steps.wall),
         most_tokens=int((steps.frame["n_past"] + steps.frame["n_tokens"]).max()),
+        n_blocks=steps.n_blocks,
     )
 
 
@@ -75,7 +76,8 @@ def recorded_counts(trace: TraceFile, sizes: Sizes) -> np.ndarray:
 @dataclass(frozen=True)
 class _Steps:
     """The recorded steps: their counts (float64 ``[n, N_COUNTS]``), the block each belongs to (consecutive requests of
-    the same prompts: close together in time), and what was measured (float64 ``[n]``, microseconds).
+    the same prompts: close together in time; ``n_blocks`` in truth), and what was measured (float64 ``[n]``,
+    microseconds).
 
     ``alike``: for each count the one whose price is its own, and which counts for both.
     """
@@ -84,6 +86,7 @@ class _Steps:
     alike: np.ndarray
     counts: np.ndarray
     block: np.ndarray
+    n_blocks: int
     measured: dict[str, np.ndarray]
 
     @classmethod
@@ -123,7 +126,7 @@ class _Steps:
             counts[:, lockstep.DRAFT_PROBS] = 0.0  # measured of every draft, as in a calibration: of each, its price
         alike, joined = _alike(counts), np.zeros_like(counts)
         np.add.at(joined.T, alike, counts.T)
-        return cls(frame, alike, joined, frame["block"].to_numpy(), times)
+        return cls(frame, alike, joined, *blocks_of(frame["block"].to_numpy()), times)
 
     @property
     def wall(self) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 LEAST = 5  # measurements that make a cell
+_PIECES = 10  # of a stretch of time that is the only one
 
 
 def deviation(values: np.ndarray) -> float:
@@ -52,6 +53,14 @@ def widened(draws: np.ndarray, centre: np.ndarray | float, n: int) -> np.ndarray
     estimate: drawing from few parts has a variance too small by ``(n - 1) / n``. With one part it has none.
     """
     return centre + (draws - centre) * np.sqrt(n / max(1, n - 1))
+
+
+def blocks_of(block: np.ndarray) -> tuple[np.ndarray, int]:
+    """The blocks that intervals are drawn from, and how many stretches of time they are. One stretch alone is cut into
+    interleaved pieces: what is drawn then has the spread of single steps, but not that of a machine that drifts.
+    """
+    n = int(block.max()) + 1
+    return (np.arange(len(block)) % _PIECES if n == 1 else block), n
 
 
 def step_up(y: np.ndarray, flag: np.ndarray, keys: np.ndarray) -> float:

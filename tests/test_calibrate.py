@@ -22,6 +22,7 @@ from tracekit.model.prompt_sets import load
 from tracekit.replay import kernel
 from tracekit.replay.arrays import positions
 from tracekit.replay.costs import _PLAIN, _Steps, fit
+from tracekit.replay.robust import rising
 from tracekit.report import pictures, surface
 from tracekit.report.stats import summarise
 from tracekit.trace.store import open_trace
@@ -270,6 +271,19 @@ def test_fit_holds_over_a_wide_range_of_contexts():
         assert prices[kernel.N_SCALARS + width] + context_us == pytest.approx(target_us(cells, width), rel=0.01)
     plain = prices[[*_PLAIN, kernel.OVER, kernel.BARE]].sum() + 256 * (prices[kernel.KV] + prices[kernel.KV_WIDTH])
     assert plain == pytest.approx(target_us(256, 1) + 130, rel=0.01)
+
+
+@given(st.integers(0, 10**6))
+def test_times_rise_unless_measured_to_fall(seed):
+    """Noise does not make a wider batch cheaper; a width that really is dearer than the next keeps its price."""
+    rng = np.random.default_rng(seed)
+    truth = np.sort(rng.uniform(100, 200, 9))
+    noisy = truth + rng.normal(0, 20, 9)
+    assert (np.diff(rising(noisy, np.full(9, 1000.0), np.ones(9))) >= -1e-9).all()
+    truth[5] += 400
+    kept = rising(truth, np.full(9, 1.0), np.ones(9))
+    assert kept[5] == truth[5]
+    assert (kept[:5] <= truth[:5] + 1e-9).all()
 
 
 def curve(us: list[float], noise: float) -> pl.DataFrame:

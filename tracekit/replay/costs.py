@@ -6,8 +6,8 @@
 
 Each decode is dearer with more context, and one of another shape than the one before costs a new graph. Every part is
 fitted to its own measured times: a robust mean per batch width and per number of rows, made monotone (isotonic
-regression), over slopes in context. Baselines stay apart: *no MTP* (hidden states not even extracted, no snapshots
-taken), MTP loaded and off, MTP idle, and each draft length.
+regression) unless it is measured not to be, over slopes in context. Baselines stay apart: *no MTP* (hidden states not
+even extracted, no snapshots taken), MTP loaded and off, MTP idle, and each draft length.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import polars as pl
-from scipy.optimize import isotonic_regression
 from scipy.stats import theilslopes
 
 from tracekit.errors import TracekitError
@@ -30,6 +29,7 @@ from tracekit.replay.robust import (
     deviation,
     line,
     members,
+    rising,
     robust_mean,
     slopes,
     slowness_of,
@@ -288,10 +288,11 @@ class _Steps:
         what: str,
         beyond: tuple[float, float] | None = None,
     ) -> np.ndarray:
-        """Mean ``time`` of every size from 1 to ``n_max + 1``, gaps closed between neighbours, made non-decreasing. An
-        end must have been measured; the upper one may lie before sizes on the line ``beyond``.
+        """Mean ``time`` of every size from 1 to ``n_max + 1``, gaps closed between neighbours, made non-decreasing
+        (:func:`rising`). An end must have been measured; the upper one may lie before sizes on the line ``beyond``.
         """
-        cells, counts = cell_means(time, sizes, n_max + 2), np.bincount(sizes.astype(int), minlength=n_max + 2)
+        cells, errors = cell_means(time, sizes, n_max + 2)
+        counts = np.bincount(sizes.astype(int), minlength=n_max + 2)
         cells[0] = 0.0
         empty = np.isnan(cells)
         if otherwise is not None:
@@ -304,7 +305,7 @@ class _Steps:
                 missing = n_max + 1 if known[1] else 1
                 raise TracekitError(f"{self.path}: {what} {missing} measured fewer than {LEAST} times; {self.advice}")
             cells[empty] = np.interp(np.flatnonzero(empty), np.flatnonzero(known), cells[known])
-        cells[1:] = isotonic_regression(cells[1:], weights=np.maximum(counts[1:], 1)).x
+        cells[1:] = rising(cells[1:], errors[1:], np.maximum(counts[1:], 1))
         return cells
 
     def fitted(self, prices: np.ndarray, n_max: int) -> np.ndarray:

@@ -101,10 +101,11 @@ class _Steps:
             )
         calibration = (trace.runs["mode"] == "calibration").all()
         advice = f"calibrate with {n_slots} among --slots" if calibration else f"record with --parallel {n_slots}"
+        or_cost = "" if calibration else f", or give --cost a calibration with {n_slots} among --slots"
         full = frame.filter((pl.col("n_slots") == n_slots) & (pl.col("n_prompt") == 0))
         widest = full["n_tokens"].max() or 0
         if full.height < LEAST:
-            raise TracekitError(f"{trace.path}: fewer than {LEAST} steps of {n_slots} slots at once; {advice}")
+            raise TracekitError(f"{trace.path}: fewer than {LEAST} steps of {n_slots} slots at once; {advice}{or_cost}")
         if 2 * widest < n_slots * (n_max + 1):
             raise TracekitError(
                 f"{trace.path}: its widest step of {n_slots} slots has {widest} tokens, {n_slots * (n_max + 1)} are "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy.optimize import isotonic_regression
 
 LEAST = 5  # measurements that make a cell
 _PIECES = 10  # of a stretch of time that is the only one
@@ -27,14 +28,24 @@ def robust_mean(values: np.ndarray) -> float:
     return float(pulled_in(values).mean())
 
 
-def cell_means(times: np.ndarray, keys: np.ndarray, size: int) -> np.ndarray:
-    """Robust mean of ``times`` for each key below ``size``; NaN where fewer than :data:`LEAST` were measured."""
-    cells = np.full(size, np.nan)
+def cell_means(times: np.ndarray, keys: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Robust mean of ``times`` for each key below ``size``, and its standard error; NaN and infinite where fewer than
+    :data:`LEAST` were measured.
+    """
+    cells, errors = np.full(size, np.nan), np.full(size, np.inf)
     for key in range(1, size):
         here = times[keys == key]
         if len(here) >= LEAST:
-            cells[key] = robust_mean(here)
-    return cells
+            cells[key], errors[key] = robust_mean(here), pulled_in(here).std() / np.sqrt(len(here))
+    return cells, errors
+
+
+def rising(values: np.ndarray, errors: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """``values`` made non-decreasing, but for those that are measured to be otherwise, by three standard errors: there
+    are sizes that a backend's kernels are made for, and those just below them can be dearer.
+    """
+    fit = isotonic_regression(values, weights=weights).x
+    return np.where(np.abs(values - fit) > 3 * errors, values, fit)
 
 
 def members(keys: np.ndarray, n: int) -> list[np.ndarray]:

@@ -164,6 +164,7 @@ def test_doctor_says_what_will_work(models):
     assert "works" in json.loads(sidecar)["model"]["verdict"]
     other = tracekit("doctor", models["plain"], "--draft-model", models["wide"], "--json").stdout
     assert "width or vocabulary" in json.loads(other)["model"]["verdict"]
+    assert "no such model" in tracekit("doctor", models["plain"], "--draft-model", "no.gguf", code=2).stderr
     assert facts["devices"]
 
 

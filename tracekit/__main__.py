@@ -10,7 +10,7 @@ import sys
 def main() -> None:
     """Run the command line and exit."""
     from tracekit.cli.app import app
-    from tracekit.errors import TracekitError
+    from tracekit.errors import TracekitError, interrupted
 
     signal.signal(signal.SIGTERM, _terminated)
     try:
@@ -29,7 +29,7 @@ def main() -> None:
         _forget_output()
         code = 2
     except Exception as error:
-        if isinstance(error, RuntimeError) and str(error) == "Query interrupted":  # DuckDB, of both signals
+        if interrupted(error):
             sys.exit(_asked_to_end())
         if not hasattr(error, "format_message"):  # click's usage errors have one
             raise

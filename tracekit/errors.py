@@ -9,3 +9,8 @@ class TracekitError(Exception):
 
 class EngineMissing(TracekitError):
     """The live engine was asked for where llama-cpp-python is not installed, or is another version."""
+
+
+def interrupted(error: BaseException) -> bool:
+    """Whether ``error`` is what DuckDB makes of Ctrl-C, or of a signal whose handler raises, during a query."""
+    return isinstance(error, RuntimeError) and str(error) == "Query interrupted"

@@ -41,6 +41,6 @@ def warn(tuned: PolicyFile, text: str, model: Path, desc: str | None = None, n_s
 def warn_of_settings(tuned: PolicyFile, text: str, here: Mapping[str, Any]) -> None:
     """Say which of the settings that acceptance or costs depend on are not ``here`` as ``tuned`` was recorded with."""
     recorded = tuned.evidence.recorded_with if tuned.evidence else {}
-    other = [f"{name} {value} (here {here[name]})" for name, value in recorded.items() if here.get(name) != value]
+    other = [f"{name} {value} (here {here.get(name)})" for name, value in recorded.items() if here.get(name) != value]
     if other:
         out.say(f"warning: {text} rests on a trace recorded with {', '.join(other)}")

@@ -132,6 +132,7 @@ class Context:
     def decode(self, batch: Batch) -> None:
         """Run ``batch`` and wait for it. Raises :class:`TracekitError` where llama.cpp fails."""
         code = lib.decode(self._raw, batch.raw())
+        lib.raise_interrupt()
         if code:
             reason = lib.last_error("no reason given")
             raise TracekitError(f"llama_decode returned {code} for {batch.n} tokens ({reason})")

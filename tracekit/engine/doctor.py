@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +46,16 @@ def examine(path: str | Path, gpu_layers: int = -1, draft_model: str | Path | No
     buffers by backend, and what flash attention ``auto`` comes to (:class:`tracekit.engine.placement.Placement`).
     """
     works = []
-    with lib.listening() as log, closing(Model(path, gpu_layers)) as model:
-        facts, memory = model.facts, _memory_kind(model)
+    with lib.listening() as log, ExitStack() as opened:
+        model = opened.enter_context(closing(Model(path, gpu_layers)))
+        source = model
+        if draft_model is not None:
+            source = opened.enter_context(closing(Model(draft_model, gpu_layers, sidecar=True)))
+        target = opened.enter_context(closing(_context(model)))
+        facts, memory = model.facts, _memory_kind(target)
         try:
-            if draft_model is None:
-                _try_drafter(model, model)
-            else:
-                with closing(Model(draft_model, gpu_layers, sidecar=True)) as source:
-                    _try_drafter(source, model)
+            check_drafter(source, model)
+            _context(source, target).close()
         except TracekitError as error:
             works.append(str(error).removeprefix(f"{path}: "))
     placement = Placement.of(log)
@@ -80,19 +82,11 @@ def _context(model: Model, target: Context | None = None) -> Context:
     return Context(model, 1, 64, 32, 32, physical_cores(), f16, f16, -1, target=target, n_snapshots=0 if target else 2)
 
 
-def _try_drafter(source: Model, model: Model) -> None:
-    """Make what drafts for ``model``. Raises :class:`TracekitError` where that does not work."""
-    check_drafter(source, model)
-    with closing(_context(model)) as target:
-        _context(source, target).close()
-
-
-def _memory_kind(model: Model) -> str:
-    """How the model's memory takes tokens back out, found by trying."""
-    with closing(_context(model)) as context:
-        batch = Batch(32)
-        batch.extend([0, 0, 0, 0], 0, 0, True)
-        context.decode(batch)
-        if not context.remove(0, 2):
-            return "checkpoint"
-        return PartialRollback(context, Settings()).kind
+def _memory_kind(context: Context) -> str:
+    """How a model's memory takes tokens back out, found by trying."""
+    batch = Batch(32)
+    batch.extend([0, 0, 0, 0], 0, 0, True)
+    context.decode(batch)
+    if not context.remove(0, 2):
+        return "checkpoint"
+    return PartialRollback(context, Settings()).kind

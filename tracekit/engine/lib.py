@@ -75,10 +75,11 @@ def _on_log(level: int, text: bytes, _user_data) -> None:
         _interrupts.append(error)
 
 
-def raise_interrupt(undo: Callable[[], None]) -> None:
-    """After a long call of llama.cpp: raise what a signal raised during it, ``undo`` being done first."""
+def raise_interrupt(undo: Callable[[], object] | None = None) -> None:
+    """After a call of llama.cpp: raise what a signal raised during it, ``undo`` being done first."""
     if _interrupts:
-        undo()
+        if undo is not None:
+            undo()
         raise _interrupts.pop()
 
 

@@ -33,8 +33,8 @@ class Evidence(_Strict):
     Speeds are tokens per second of generation over all requests, predicted for requests the choice was not made on;
     ``low`` and ``high`` are a 95 % bootstrap interval. With several ``n_slots`` they are of whole runs, with prompts.
     ``worst_category_speedup`` is the lowest over prompt categories. ``device`` and ``cost_model`` are those of
-    ``priced_by``, a trace. ``recorded_with``: how requests were sampled, as far as all were alike, and the engine's
-    settings that costs depend on, in llama.cpp's names.
+    ``priced_by``, a trace. ``recorded_with``: how requests were sampled, as far as all were alike, and the settings
+    of the engine that ``priced_by`` timed, in llama.cpp's names.
     """
 
     advice: str

@@ -62,7 +62,7 @@ class League:
         n, n_boot = self.positions.n_requests, len(self.cost.boot)
         # how often each request is drawn, one with every draw of the costs: uint16 [N_DRAWS // n_boot, n_boot, n]
         draws = (rng.multinomial(n, np.full(n, 1 / n), n_boot) for _ in range(max(1, N_DRAWS // n_boot)))
-        self._draws = [np.minimum(times, 2**16 - 1).astype(np.uint16) for times in draws]
+        self._draws = [times.astype(np.uint16) for times in draws]
         self.tokens = self.serving.tokens(self.positions)
         self.no_mtp_counts = self.serving.no_mtp_counts(self.positions)
         self.clairvoyant_us = clairvoyant_us(self.positions.fills[-1], self.cost) if self.serving.n_slots == 1 else None

@@ -16,11 +16,6 @@ def first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-def interrupted(error: BaseException) -> bool:
-    """Whether ``error`` is what DuckDB makes of Ctrl-C, or of a signal whose handler raises, during a query."""
-    return isinstance(error, RuntimeError) and "interrupted" in str(error).lower()
-
-
 def held_by(error: duckdb.Error) -> str:
     """What holds the file that DuckDB has refused to open, and what to do; empty where it was refused for another
     reason.

@@ -13,8 +13,8 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from tracekit.errors import TracekitError
-from tracekit.trace.files import first_line, held_by, interrupted
+from tracekit.errors import TracekitError, interrupted
+from tracekit.trace.files import first_line, held_by
 from tracekit.trace.journal import Entry, Journal, entries, journal_of
 from tracekit.trace.pending import N_MOMENTS, N_WHOLE
 from tracekit.trace.rows import STOPS, Moments

@@ -15,9 +15,8 @@ import duckdb
 from tracekit.errors import TracekitError
 from tracekit.trace import schema
 from tracekit.trace.files import Replaced, check_replaceable, delete, first_line
-from tracekit.trace.journal import files_of
 from tracekit.trace.store import TraceFile, open_trace
-from tracekit.trace.writer import columns
+from tracekit.trace.writer import check_free, columns
 
 TABLES = "runs", "run_ends", "requests", "request_ends", "steps", "gpu_readings", "verifications"
 # else positions, or prices, are of two kinds
@@ -40,9 +39,8 @@ def merge(paths: Sequence[str | Path], output: str | Path, force: bool = False) 
     _check(traces)
     if any(output.resolve() == trace.path.resolve() for trace in traces):
         raise TracekitError(f"{output}: is one of those to be merged; choose another name")
-    there = [file for file in files_of(output) if file.exists()]
-    if there and not force:
-        raise TracekitError(f"{there[0]}: exists; nothing recorded is overwritten without --force")
+    if not force:
+        check_free(output)
     check_replaceable(output)
     partial = output.with_name(f".partial-{output.name}")
     try:

@@ -56,18 +56,17 @@ class TraceFile:
         return "+".join(self.runs["trace_id"])
 
 
-def recorded_with(trace: TraceFile) -> dict[str, Any]:
-    """What acceptance and costs of ``trace`` depend on beside model and machine: settings of its engine, and the
-    sampling of its requests as far as all were sampled alike.
+def recorded_with(trace: TraceFile, priced: TraceFile) -> dict[str, Any]:
+    """What acceptance in ``trace`` and costs in ``priced`` depend on beside model and machine: the sampling of requests
+    as far as all were sampled alike, and settings of the engine.
     """
-    settings = json.loads(trace.runs["settings"][-1])
+    settings = json.loads(priced.runs["settings"][-1])
     found = {name: settings[name] for name in _COSTLY if name in settings}
-    names = [name for name in ("temp", "top_k", "top_p", "min_p") if trace.has("requests", name)]
-    for name in names:
-        values = trace.frame(f"SELECT DISTINCT {name} FROM requests WHERE arm IN ('probe', 'live')")[name].to_list()
-        if len(values) == 1:
-            found[name] = round(values[0], 6)  # a REAL
-    return found if found.get("temp") else {k: v for k, v in found.items() if k not in names[1:]}  # greedy uses none
+    sampled = trace.frame(  # files of an earlier tracekit lack some
+        "SELECT DISTINCT COLUMNS('^(temp|top_k|top_p|min_p)$') FROM requests WHERE arm IN ('probe', 'live')"
+    )
+    alike = {name: round(sampled[name][0], 6) for name in sampled.columns if sampled[name].n_unique() == 1}  # REALs
+    return found | (alike if alike.get("temp") else {name: alike[name] for name in alike if name == "temp"})
 
 
 def open_trace(path: str | Path) -> TraceFile:

@@ -54,6 +54,13 @@ class Taken(TracekitError):
     """A trace, or something that a recording has left, is where a new trace should be."""
 
 
+def check_free(path: Path) -> None:
+    """Raise :class:`Taken` where there is something at ``path``, or left beside it by another recording."""
+    there = [file for file in files_of(path) if file.exists()]
+    if there:
+        raise Taken(f"{there[0]}: exists; nothing recorded is overwritten without --force")
+
+
 class TraceWriter:
     """The trace at ``path``, open for appending. Raises ``duckdb.Error``."""
 
@@ -68,9 +75,7 @@ class TraceWriter:
         beside it counts too), :class:`TracekitError` where it cannot be written.
         """
         path = Path(path)
-        there = [file for file in files_of(path) if file.exists()]
-        if there:
-            raise Taken(f"{there[0]}: exists; nothing recorded is overwritten without --force")
+        check_free(path)
         writer = None
         try:
             writer = cls(path)

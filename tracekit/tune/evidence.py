@@ -56,7 +56,7 @@ def tune(
             device=priced["device"],
             priced_by=Path(league.priced.path).name,
             cost_model=league.cost.id,
-            recorded_with=recorded_with(league.trace),
+            recorded_with=recorded_with(league.trace, league.priced),
             n_slots=league.serving.n_slots,
             n_requests=league.positions.n_requests,
             n_tokens=int(league.tokens.sum()),

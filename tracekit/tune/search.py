@@ -67,7 +67,7 @@ def search(
         raise TracekitError(f"--seed {seed}: 0 or more")
     policies, everything = grid(space, league.positions.n_max), np.ones(folds, bool)
     fold = _folds(league.positions.categories, folds, seed)
-    times = _Times.of(league, fold)
+    times = _Times(league, fold)
     times.add(policies, progress)
     for fraction in _FRACTIONS:
         best = times.ranked(everything, max_slowdown)[:_REFINED]
@@ -97,19 +97,12 @@ class _Times:
     ``[n_policies, n_categories, n_folds]``, so that memory does not grow with policies times requests.
     """
 
-    def __init__(self, league: League, cells: np.ndarray, n_categories: int, n_folds: int):
-        self._league, self._cells, self._shape = league, cells, (n_categories, n_folds)
+    def __init__(self, league: League, fold: np.ndarray):
+        members = list(league.members.values())
+        self._league, self._shape = league, (len(members), int(fold.max()) + 1)
+        self._cells = np.argmax(members, 0) * self._shape[1] + fold
         self._sums = np.zeros((0, *self._shape))
         self._no_mtp = self._summed(league.no_mtp_us[None])[0]
-
-    @classmethod
-    def of(cls, league: League, fold: np.ndarray) -> _Times:
-        """None yet, of requests in these folds."""
-        n_folds = int(fold.max()) + 1
-        category = np.zeros(len(fold), int)
-        for i, member in enumerate(league.members.values()):
-            category[member] = i
-        return cls(league, category * n_folds + fold, len(league.members), n_folds)
 
     def _summed(self, times: np.ndarray) -> np.ndarray:
         sums = np.array([np.bincount(self._cells, of, self._shape[0] * self._shape[1]) for of in times])

@@ -47,7 +47,7 @@ class Run(NamedTuple):
 class Server:
     """One llama-server process under a policy that it has options for."""
 
-    def __init__(self, binary: str, model: str, policy: Policy, threads: int):
+    def __init__(self, binary: str, model: str, policy: Policy, settings: Settings):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -62,7 +62,9 @@ class Server:
             "-np",
             "1",
             "-t",
-            str(threads),
+            str(settings.threads),
+            "--flash-attn",
+            settings.flash_attn,
             "--cache-ram",
             "0",
             *server_options(policy),
@@ -105,6 +107,7 @@ def main() -> None:
     parser.add_argument("--prompts", default="heldout")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--flash-attn", default="auto", choices=["on", "off", "auto"], help="on both sides")
     parser.add_argument("--every", type=int, default=2, help="take every n-th prompt")
     args = parser.parse_args()
     for model in args.models:
@@ -133,12 +136,12 @@ class Sides(NamedTuple):
 
 
 def compare(model: str, args: argparse.Namespace) -> None:
-    settings = Settings(n_ctx=N_CTX)
+    settings = Settings(n_ctx=N_CTX, flash_attn=args.flash_attn)
     rng, runs = random.Random(0), defaultdict(list)
     for repeat in range(args.repeats):
         with ExitStack() as stack:
             engine = stack.enter_context(Engine(model, settings=settings))
-            servers = {p: stack.enter_context(Server(args.server, model, p, settings.threads)) for p in POLICIES}
+            servers = {p: stack.enter_context(Server(args.server, model, p, settings)) for p in POLICIES}
             sides = Sides(engine, servers, args.max_tokens)
             prompts = [engine.model.tokenize(p.prompt) for p in load(args.prompts)[:: args.every]]
             # not timed: warms both up, and gives the counts to compare

@@ -294,7 +294,7 @@ def test_a_signal_while_llama_cpp_loads_is_not_lost(models, settings, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         Engine(models["plain"], settings=settings)
     with Engine(models["plain"], settings=settings) as engine:
-        lib._interrupts.append(KeyboardInterrupt())  # as one that comes while a decode logs
+        lib.interrupts.append(KeyboardInterrupt())  # as one that comes while a decode logs
         with pytest.raises(KeyboardInterrupt):
             engine.generate("import", max_tokens=3)
         assert engine.generate("import", max_tokens=3).tokens

@@ -35,14 +35,14 @@ class Batch:
         self._seq_pointers = (ctypes.POINTER(ctypes.c_int32) * n_rows)(
             *(ctypes.cast(self._seq.ctypes.data + 4 * i, ctypes.POINTER(ctypes.c_int32)) for i in range(n_rows))
         )
-        self._c = llama.llama_batch()
-        self._c.token = self.token.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
-        self._c.pos = self.pos.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
-        self._c.logits = self.logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
-        self._c.n_seq_id = self._n_seq.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
-        self._c.seq_id = ctypes.cast(self._seq_pointers, ctypes.POINTER(ctypes.POINTER(ctypes.c_int32)))
+        self.c = llama.llama_batch()
+        self.c.token = self.token.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+        self.c.pos = self.pos.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+        self.c.logits = self.logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
+        self.c.n_seq_id = self._n_seq.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+        self.c.seq_id = ctypes.cast(self._seq_pointers, ctypes.POINTER(ctypes.POINTER(ctypes.c_int32)))
         if n_embd:
-            self._c.embd = self.embd.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            self.c.embd = self.embd.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
 
     def add(self, token: int, pos: int, seq: int, logits: bool) -> int:
         """Append one row; returns its index."""
@@ -60,11 +60,6 @@ class Batch:
         self.logits[i:j] = logits
         self.n = j
         return i
-
-    def raw(self):
-        """The C structure for the rows added so far."""
-        self._c.n_tokens = self.n
-        return self._c
 
 
 class Context:
@@ -123,7 +118,9 @@ class Context:
         self.n_batch = n_batch
         self._n_embd, self.n_vocab = model.facts.n_embd, model.facts.n_vocab
         self._raw = ctypes.cast(self.handle, ctypes.c_void_p)
+        self._waits = lib.has_gpu()  # processors have finished when llama_decode returns
         self._views: dict[tuple[int, int, type], np.ndarray] = {}
+        self._hidden_at = self._logits_at = 0  # addresses of the two views in use
         self._best: dict[int, Callable[[], int]] = {}  # the arg-max of the row at an address
         self._threads = lib.ThreadPool(n_threads) if target is None else None
         (self if target is None else target)._threads.attach(self._raw)
@@ -131,12 +128,15 @@ class Context:
 
     def decode(self, batch: Batch) -> None:
         """Run ``batch`` and wait for it. Raises :class:`TracekitError` where llama.cpp fails."""
-        code = lib.decode(self._raw, batch.raw())
-        lib.raise_interrupt()
+        batch.c.n_tokens = batch.n
+        code = lib.decode(self._raw, batch.c)
+        if lib.interrupts:
+            lib.raise_interrupt()
         if code:
             reason = lib.last_error("no reason given")
             raise TracekitError(f"llama_decode returned {code} for {batch.n} tokens ({reason})")
-        lib.synchronize(self._raw)
+        if self._waits:
+            lib.synchronize(self._raw)
 
     def extract_hidden(self, enabled: bool) -> None:
         """Have every later decode leave the hidden state of every batch row (not only of those with logits) for
@@ -149,11 +149,17 @@ class Context:
 
     def hidden(self) -> np.ndarray:
         """Hidden states ``[n_batch, n_embd]``, a row per row of the last decode; a view that the next overwrites."""
-        return self._view(lib.hidden_address(self._raw), self._n_embd)
+        address = lib.hidden_address(self._raw)
+        if address != self._hidden_at:
+            self._hidden, self._hidden_at = self._view(address, self._n_embd), address
+        return self._hidden
 
     def logits(self) -> np.ndarray:
         """Logits ``[n_batch, n_vocab]`` of the last decode, one per batch row marked for output, in order; a view."""
-        return self._view(lib.logits_address(self._raw), self.n_vocab)
+        address = lib.logits_address(self._raw)
+        if address != self._logits_at:
+            self._logits, self._logits_at = self._view(address, self.n_vocab), address
+        return self._logits
 
     def best(self, row: int) -> int:
         """The most likely token at batch row ``row`` of the last decode, the first in the vocabulary of equals."""

@@ -42,6 +42,9 @@ class Ask:
     stop: str = "n_max"
 
 
+NOT_ASKED = Ask(0, [], 0, 0.0, stop="off")  # of a slot that wants none
+
+
 @dataclass
 class DraftTimes:
     """Microseconds spent in the last :meth:`Drafter.draft`, and how many decodes it took over all slots."""
@@ -92,6 +95,10 @@ class _Lag:
         self.next_pos = 0
         self._data[0] = 0.0  # position 0 has no predecessor: its partner is zero
         self._start, self._end = 0, 1
+
+    @property
+    def n_rows(self) -> int:
+        return self._end - self._start
 
     def rows(self) -> np.ndarray:
         return self._data[self._start : self._end]
@@ -166,8 +173,8 @@ class MtpDrafter:
         behind.
         """
         lag, batch, done = self._lags[seq], self._batch, 0
-        while len(lag.rows()) > 1:
-            rows = lag.rows()[: min(self._context.n_batch, len(lag.rows()) - 1)]
+        while lag.n_rows > 1:
+            rows = lag.rows()[: min(self._context.n_batch, lag.n_rows - 1)]
             batch.n = 0
             batch.extend(tokens[lag.next_pos : lag.next_pos + len(rows)], lag.next_pos, seq, False)
             batch.embd[: len(rows)] = rows
@@ -189,32 +196,40 @@ class MtpDrafter:
         started = perf_counter_ns()
         self.times = times = DraftTimes()
         context, batch = self._context, self._batch
-        if sum(len(self._lags[ask.seq].rows()) for ask in asks) > context.n_batch:
-            for ask in asks:  # too much for one batch
+        n_waiting = 0
+        for ask in asks:
+            ask.n_rows = self._lags[ask.seq].n_rows
+            n_waiting += ask.n_rows
+        if n_waiting > context.n_batch:
+            for ask in asks:
                 self.catch_up(ask.seq, ask.tokens)
+                ask.n_rows = self._lags[ask.seq].n_rows
         caught_up = perf_counter_ns()
         batch.n = 0
         last_rows = []
         for ask in asks:
-            lag = self._lags[ask.seq]
-            rows = lag.rows()
-            n, pos = len(rows), lag.next_pos
+            lag, n = self._lags[ask.seq], ask.n_rows
+            pos = lag.next_pos
             first = batch.extend(ask.tokens[pos : pos + n], pos, ask.seq, False)
-            batch.embd[first : first + n] = rows
-            batch.logits[batch.n - 1] = 1
-            last_rows.append(batch.n - 1)
+            last = first + n - 1
+            batch.embd[first : last + 1] = lag.rows()
+            batch.logits[last] = 1
+            last_rows.append(last)
             lag.advance(n)
-            ask.n_rows = n
         times.n_rows = batch.n
-        n_decodes, alive = 0, asks
+        n_decodes, alive, ids = 0, asks, None
         while alive:
             context.decode(batch)
             n_decodes += 1
-            ids, logits = self._outputs(last_rows[0])
+            if self.backend_sampling:
+                ids, logits = context.candidates(last_rows[0], self._top)
+            else:
+                logits = context.logits()
             hidden = context.hidden()
             batch.n, going, rows = 0, [], []
             for i, ask in enumerate(alive):
-                token, drafts = _best(ids[i], logits[i]) if ids is not None else int(logits[i].argmax()), ask.drafts
+                token = int(logits[i].argmax()) if ids is None else _best(ids[i], logits[i])
+                drafts = ask.drafts
                 if (probs or ask.p_min > 0) and not _likely(ask, logits[i]):
                     ask.n_decodes = n_decodes
                     continue
@@ -235,14 +250,6 @@ class MtpDrafter:
         times.n_decodes = n_decodes
         times.catchup_us = (caught_up - started) // 1000
         times.total_us = (perf_counter_ns() - caught_up) // 1000
-
-    def _outputs(self, first_row: int) -> tuple[np.ndarray | None, np.ndarray]:
-        """Token ids and logits of the ten most likely tokens for each output row, the first being batch row
-        ``first_row``; where the processor chooses, no ids and the logits of the whole vocabulary.
-        """
-        if self.backend_sampling:
-            return self._context.candidates(first_row, self._top)
-        return None, self._context.logits()
 
     def close(self) -> None:
         """Free the MTP context."""

@@ -12,24 +12,19 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from operator import index
 from pathlib import Path
 from time import perf_counter_ns
-from typing import Any
 
-from tracekit.engine import lib
 from tracekit.engine.context import Context
-from tracekit.engine.drafter import Drafter, MtpDrafter
 from tracekit.engine.loop import Loop
-from tracekit.engine.model import Model, check_drafter
-from tracekit.engine.placement import Placement
+from tracekit.engine.model import Model
+from tracekit.engine.parts import Parts
 from tracekit.engine.probe import Probe
 from tracekit.engine.provenance import run_facts
 from tracekit.engine.recorder import Recorder, record_beside
-from tracekit.engine.rollback import PartialRollback
 from tracekit.engine.sampling import BackendSampling
-from tracekit.engine.settings import CACHE_TYPES, FLASH_ATTN, Settings
+from tracekit.engine.settings import Settings
 from tracekit.engine.slot import Completion, Request, Slot
 from tracekit.errors import TracekitError
 from tracekit.policy.rule import Policy
@@ -38,9 +33,9 @@ from tracekit.policy.spec import PolicyLike, policy_of
 log = logging.getLogger("tracekit.engine")
 
 
-def _free(parts: ExitStack, pid: int) -> None:
+def _free(owned: ExitStack, pid: int) -> None:
     if os.getpid() == pid:  # and not in a fork, whose parent is still recording
-        parts.close()
+        owned.close()
 
 
 def _finish_trace(recorder: Recorder, probe: Probe | None) -> None:
@@ -74,79 +69,35 @@ class Engine:
         self.model: Model | None = None
         self.draft_model: Model | None = None
         self.recorder: Recorder | None = None
-        self._target = self._drafter = self._loop = None
-        self._served: dict[bool, tuple] = {}
+        self._parts = self._target = self._drafter = self._loop = None
+        self._without_mtp: tuple | None = None
         self._probe, self._n_requests = probe, 0
         self._lock, self._stepping = threading.RLock(), False
         self._finished: list[Completion] = []  # for step(): requests that were submitted by hand
         self._boxes: dict[int, list] = {}  # where the completion of each request goes; None: it was dropped
-        self._parts = ExitStack()
-        self._free = weakref.finalize(self, _free, self._parts, os.getpid())
+        self._owned = ExitStack()
+        self._free = weakref.finalize(self, _free, self._owned, os.getpid())
         try:
             if probe is not None and probe.n_max > self.settings.n_max:
                 raise TracekitError(f"a probe of {probe.n_max} drafts: the engine's n_max is {self.settings.n_max}")
-            with lib.listening() as heard:
-                self.model = self._own(Model(model, self.settings.gpu_layers, mtp and draft_model is None))
-                self._target = self._own(self._context(self.model, n_snapshots=self.settings.n_max if mtp else 0))
-                rollback = PartialRollback(self._target, self.settings)
-                if mtp:
-                    self._drafter = self._own(self._make_drafter(draft_model))
-            self.placement = Placement.of(heard)
+            parts = self._parts = Parts(model, draft_model, mtp, self.settings, self._owned)
+            self.model, self.draft_model, self.settings = parts.model, parts.draft_model, parts.settings
+            self._target, self._drafter, self.placement = parts.target, parts.drafter, parts.placement
             self._check(self.policy)
-            backend_sampling = self._backend_sampling()
-            self._loop = Loop(self.model, self._target, self._drafter, rollback, self.settings)
+            self._loop = Loop(self._target, self._drafter, parts.rollback, self.settings)
             self._loop.probe = probe
-            self._loop.backend_sampling = backend_sampling
-            self._parts.callback(self._loop.abort)
+            self._loop.backend_sampling = parts.backend_sampling
+            self._owned.callback(self._loop.abort)
             if path := trace or os.environ.get("TRACEKIT_TRACE"):
                 made = self.model, self.draft_model, self.settings, self.policy, probe, self.placement
-                facts = run_facts(*made, rollback.kind)
+                facts = run_facts(*made, parts.rollback.kind)
                 self.recorder = Recorder(path, facts, force=force) if trace else record_beside(path, facts)
                 self._loop.observer = self.recorder
             if self.recorder is not None:
-                self._parts.callback(_finish_trace, self.recorder, probe)
+                self._owned.callback(_finish_trace, self.recorder, probe)
         except BaseException:
             self.close()
             raise
-
-    def _own(self, part: Any) -> Any:
-        """``part``, to be closed with the engine, or when that is forgotten."""
-        self._parts.callback(part.close)
-        return part
-
-    def _context(self, model: Model, target: Context | None = None, n_snapshots: int = 0) -> Context:
-        s = self.settings
-        kinds = CACHE_TYPES[s.cache_type_k], CACHE_TYPES[s.cache_type_v], FLASH_ATTN[s.flash_attn], s.kv_unified
-        n_sampled = s.n_max + 1 if s.backend_sampling and target is None else 1
-        return Context(
-            model, s.n_slots, s.n_ctx, s.n_batch, s.n_ubatch, s.threads, *kinds, target, n_sampled, n_snapshots
-        )
-
-    def _backend_sampling(self) -> BackendSampling | None:
-        """The target's, where it is wanted and works; afterwards :attr:`settings` say what both really are."""
-        n_slots = self.settings.n_slots
-        found = BackendSampling(self._target, n_slots) if self.settings.backend_sampling else None
-        if found is not None and not found.works:
-            what = "the target's samplers" + (" for several slots" if n_slots > 1 else "")
-            log.warning("the device does not run %s; its logits are copied, the processor samples", what)
-            found = None
-        drafts = getattr(self._drafter, "backend_sampling", False)
-        self.settings = replace(self.settings, backend_sampling=found is not None, spec_draft_backend_sampling=drafts)
-        return found
-
-    def _make_drafter(self, draft_model: str | Path | None) -> Drafter:
-        source = self.model
-        if draft_model is not None:
-            source = self.draft_model = self._own(Model(draft_model, self.settings.gpu_layers, sidecar=True))
-        check_drafter(source, self.model)
-        wanted = self.settings.spec_draft_backend_sampling
-        return MtpDrafter(
-            self._context(source, self._target),
-            self.settings.n_slots,
-            self.model.facts.n_embd,
-            keep=self.settings.n_max + 1,
-            backend_sampling=self.settings.gpu_layers != 0 and lib.has_gpu() if wanted is None else wanted,
-        )
 
     def _check(self, policy: Policy) -> None:
         wanted = getattr(policy.params, "n_max", 0)
@@ -161,7 +112,7 @@ class Engine:
     def __repr__(self) -> str:
         if self.model is None:
             return "<Engine, closed>"
-        under_way = len(self._loop.queue) + sum(s is not None for s in self._loop.slots)
+        under_way = len(self._loop.queue) + len(self._loop.active)
         return f"<Engine {self.model.path.name}, {self.policy}: {under_way} requests, {self.settings.n_slots} slots>"
 
     @property
@@ -186,7 +137,7 @@ class Engine:
             raise TracekitError("the engine was started without MTP")
         self._loop.mtp = mtp
         if self.snapshots:
-            self._loop.serve_from(*self._targets(mtp))
+            self._loop.serve_from(*self._target_of(mtp))
         self._loop.probe = self._probe if probing and mtp else None
         self._loop.observer = self.recorder if recording else None
         self._loop.shared = self._loop.shared if shared is None else shared
@@ -196,15 +147,14 @@ class Engine:
         """Whether the target takes snapshots of its state, to take drafts back: a recurrent memory, with MTP."""
         return self._target.n_snapshots > 0
 
-    def _targets(self, mtp: bool) -> tuple[Context, BackendSampling | None]:
+    def _target_of(self, mtp: bool) -> tuple[Context, BackendSampling | None]:
         """The target's context and device sampler; without MTP another, which spends no time on snapshots."""
-        self._served = self._served or {True: (self._target, self._loop.backend_sampling)}
-        if mtp not in self._served:
-            context, sampling = self._own(self._context(self.model)), self._loop.backend_sampling
-            self._served[mtp] = context, sampling and BackendSampling(context, self.settings.n_slots)
-            self._parts.callback(self._loop.serve_from, *self._served[True])  # before that context goes
-            self._parts.callback(self._loop.abort)
-        return self._served[mtp]
+        with_mtp = self._target, self._parts.backend_sampling
+        if not mtp and self._without_mtp is None:
+            self._without_mtp = self._parts.without_snapshots()
+            self._owned.callback(self._loop.serve_from, *with_mtp)  # before that context goes
+            self._owned.callback(self._loop.abort)
+        return with_mtp if mtp else self._without_mtp
 
     @property
     def idle(self) -> bool:
@@ -214,7 +164,7 @@ class Engine:
     @property
     def reading(self) -> bool:
         """A prompt is waiting or still being read."""
-        return bool(self._loop.queue) or any(s is not None and not s.generating for s in self._loop.slots)
+        return bool(self._loop.queue) or not all(s.generating for s in self._loop.active)
 
     def _check_open(self) -> None:
         if self.model is None:
@@ -259,7 +209,8 @@ class Engine:
     def _submit(self, request: Request, box: list) -> int:
         with self._lock:
             tokens = self.prepare(request)
-            slot = Slot(self._n_requests, request, request.policy or self.policy, tokens, self._target.n_ctx)
+            policy = request.policy or self.policy
+            slot = Slot(self._n_requests, request, policy, tokens, self._target.n_ctx, self.model)
             self._n_requests += 1
             self._boxes[slot.number] = box
             self._loop.queue.append(slot)
@@ -278,15 +229,16 @@ class Engine:
             return done
 
     def _step(self) -> None:
-        self._check_open()
-        self._check_between_steps()
+        if self._stepping or self.model is None:
+            self._check_between_steps()
+            self._check_open()
         self._stepping = True
         try:
             for done in self._loop.step():
                 if done.number in self._boxes:
                     self._boxes.pop(done.number).append(done)
         except BaseException as error:
-            policies = [slot.policy for slot in self._loop.slots if slot is not None]
+            policies = [slot.policy for slot in self._loop.active]
             self._loop.abort()
             self._drop()
             raise next(filter(None, (p.rule.blamed(error) for p in policies)), error) from None
@@ -318,8 +270,8 @@ class Engine:
                 self._loop.queue.remove(slot)
                 slot.sampler.close()
                 return None
-        for slot in self._loop.slots:
-            if slot is not None and slot.number == number:
+        for slot in self._loop.active:
+            if slot.number == number:
                 slot.stop = "cancelled"
                 if not self._stepping:  # else (an iterator collected as garbage) it ends with the step
                     return self._loop.finish(slot, perf_counter_ns())
@@ -372,9 +324,9 @@ class Engine:
                 yield done[0].text[sent:]
                 yield done[0]
                 return
-            for slot in self._loop.slots:
-                if slot is not None and slot.request is request:
-                    ready = len(text := self._loop.text(slot).rstrip("\ufffd")) - longest
+            for slot in self._loop.active:
+                if slot.request is request:
+                    ready = len(text := slot.text.rstrip("\ufffd")) - longest
                     if ready > sent:
                         yield text[sent:ready]
                         sent = ready
@@ -391,7 +343,7 @@ class Engine:
             try:
                 self._free()  # the loop's requests among the rest
             finally:
-                self.recorder = self._drafter = self._target = self.draft_model = self.model = None
+                self.recorder = self._drafter = self._target = self.draft_model = self.model = self._parts = None
 
     def __enter__(self) -> Engine:
         return self

@@ -34,7 +34,7 @@ _NEEDED = (
 log = logging.getLogger("tracekit.llama_cpp")
 _recent: deque[str] = deque(maxlen=200)
 _listeners: list[list[str]] = []
-_interrupts: list[BaseException] = []  # Ctrl-C and the like that came while llama.cpp was logging
+interrupts: list[BaseException] = []  # Ctrl-C and the like that came while llama.cpp was logging
 
 
 def _load():
@@ -72,15 +72,15 @@ def _on_log(level: int, text: bytes, _user_data) -> None:
                 heard.append(line)
             log.debug("%s", line)
     except BaseException as error:  # a signal's; through llama.cpp it would not come
-        _interrupts.append(error)
+        interrupts.append(error)
 
 
 def raise_interrupt(undo: Callable[[], object] | None = None) -> None:
     """After a call of llama.cpp: raise what a signal raised during it, ``undo`` being done first."""
-    if _interrupts:
+    if interrupts:
         if undo is not None:
             undo()
-        raise _interrupts.pop()
+        raise interrupts.pop()
 
 
 llama.llama_log_set(_on_log, ctypes.c_void_p(0))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from tracekit.engine.drafter import Ask
+from tracekit.engine.drafter import NOT_ASKED
+from tracekit.engine.model import Model
 from tracekit.engine.sampling import Sampler, Sampling
 from tracekit.errors import TracekitError
 from tracekit.policy.interface import Now
@@ -87,7 +88,7 @@ class Completion:
 class Slot:
     """One sequence being generated: its tokens, its sampler and its policy's state."""
 
-    def __init__(self, number: int, request: Request, policy: Policy, tokens: list[int], n_ctx: int):
+    def __init__(self, number: int, request: Request, policy: Policy, tokens: list[int], n_ctx: int, model: Model):
         self.number, self.request, self.policy = number, request, policy
         self.index = -1  # until a slot is free
         self.shares = policy.scope == "engine"  # its state with every request of the engine
@@ -100,7 +101,8 @@ class Slot:
         self.max_tokens = request.max_tokens
         self._full = min(self.n_prompt + request.max_tokens, n_ctx + 1)  # tokens, the prompt's included
         self.sampler = Sampler(request.sampling)
-        self.ask: Ask | None = None
+        self.generating = False  # whether the prompt is decoded and a first token chosen
+        self.ask = NOT_ASKED
         self.n_asked = 0
         self.first_row = self.n_rows = 0  # the slot's rows of the current target batch
         self.n_emitted = 0  # tokens, in the step under way
@@ -112,13 +114,10 @@ class Slot:
         self.drafts_first = False  # whether the policy will draft right after the prompt
         self.catchup_us = 0
         self.started_ns = self.first_token_ns = self.ended_ns = 0
+        self._piece = model.piece
+        self._end_tokens = frozenset() if request.ignore_eos else model.end_tokens
         self._bytes = bytearray()
         self._cut = -1
-
-    @property
-    def generating(self) -> bool:
-        """Whether the prompt is decoded and a first token chosen."""
-        return len(self.tokens) > self.n_prompt
 
     @property
     def n_generated(self) -> int:
@@ -130,14 +129,14 @@ class Slot:
         """Most drafts that still make sense: llama.cpp's ``get_n_draft_max`` (tools/server)."""
         return max(0, min(self.n_ctx - self.n_past - 2, self.max_tokens - self.n_generated - 1))
 
-    def emit(self, token: int, piece: bytes, end_tokens: frozenset[int]) -> None:
+    def emit(self, token: int) -> None:
         """Append ``token``; sets :attr:`stop` where it ends the request."""
         self.tokens.append(token)
-        if token in end_tokens and not self.request.ignore_eos:
+        if token in self._end_tokens:
             self.stop = "eos"
             return
         if self.request.stop:
-            self._find_stop(piece)
+            self._find_stop(self._piece(token))
         if len(self.tokens) >= self._full and not self.stop:
             self.stop = "length" if self.n_generated >= self.max_tokens else "context"
 
@@ -150,17 +149,19 @@ class Slot:
             if at >= 0 and (self._cut < 0 or at < self._cut):
                 self._cut, self.stop = at, "stop"
 
-    def text(self, pieces: bytes) -> str:
-        """The visible text, given all pieces: cut before a stop string."""
+    @property
+    def text(self) -> str:
+        """What is generated so far, cut before a stop string."""
+        pieces = b"".join(map(self._piece, self.tokens[self.n_prompt :]))
         return (pieces if self._cut < 0 else pieces[: self._cut]).decode("utf-8", errors="replace")
 
-    def completion(self, text: str) -> Completion:
+    def completion(self) -> Completion:
         """The finished request's record."""
         drafting = [r for r in self.rounds if r[0]]
         return Completion(
             request=self.request,
             number=self.number,
-            text=text,
+            text=self.text,
             tokens=self.tokens[self.n_prompt :],
             stop=self.stop,
             n_prompt=self.n_prompt,

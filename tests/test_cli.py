@@ -157,6 +157,8 @@ def test_doctor_says_what_will_work(models):
     """Devices and build; for a model its NextN layers, memory and a verdict."""
     assert "llama-cpp-python" in tracekit("doctor").stdout
     facts = json.loads(tracekit("doctor", models["plain"], "--json").stdout)
+    on_processor = facts["model"]["placement"]["flash_attn"] == "enabled" and not facts["model"]["placement"]["on_gpu"]
+    assert any("--flash-attn off" in sentence for sentence in facts["model"]["advice"]) == on_processor
     assert facts["model"]["NextN layers"] == 1
     assert facts["model"]["memory"] == "partial"
     assert "works" in facts["model"]["verdict"]

@@ -59,5 +59,8 @@ def _print(facts: dict[str, Any]) -> None:
             weights = value["buffers"].get("model", {})
             print(f"{'weights in':17s} {', '.join(f'{name}: {b / 2**20:.0f} MiB' for name, b in weights.items())}")
             print(f"{'flash attention':17s} {value['flash_attn'] or 'not told'}")
+        elif key == "advice":
+            for sentence in value:
+                print(f"{key:17s} {sentence}")
         else:
             print(f"{key:17s} {value}")

@@ -15,6 +15,11 @@ from tracekit.engine.rollback import PartialRollback
 from tracekit.engine.settings import CACHE_TYPES, Settings, physical_cores
 from tracekit.errors import TracekitError
 
+_ROW_BY_ROW = (  # source: ggml/src/ggml-cpu/ops.cpp, ggml_compute_forward_flash_attn_ext_f16 (GGML_FA_TILE_Q)
+    "llama.cpp's flash attention on a processor takes batches under 64 rows, as verifications are, row by row; "
+    "--flash-attn off may verify drafts much faster (compare both with `tracekit calibrate`)"
+)
+
 
 def surroundings() -> dict[str, Any]:
     """The llama.cpp build, every device that it can compute on, and the machine, as a trace's provenance has them."""
@@ -44,6 +49,7 @@ def examine(path: str | Path, gpu_layers: int = -1, draft_model: str | Path | No
     ``memory``: how it forgets rejected drafts: ``partial`` (``llama_memory_seq_rm``), ``snapshot`` (the same, of a
     recurrent state), or ``checkpoint`` where that fails. ``placement``: layers by device,
     buffers by backend, and what flash attention ``auto`` comes to (:class:`tracekit.engine.placement.Placement`).
+    ``advice``: sentences, on settings that may be better than llama.cpp's defaults.
     """
     works = []
     with lib.listening() as log, ExitStack() as opened:
@@ -74,6 +80,7 @@ def examine(path: str | Path, gpu_layers: int = -1, draft_model: str | Path | No
         "memory": memory,
         "placement": placement.as_dict(),
         "verdict": "; ".join(works) or "MTP drafting works with this model",
+        "advice": [_ROW_BY_ROW] if placement.flash_attn == "enabled" and not placement.on_gpu else [],
     }
 
 

@@ -4,7 +4,8 @@
 
     step = host + draft(decodes, rows caught up) + target(batch width) + sampling(tokens)
 
-Each decode is dearer with more context, and one of another shape than the one before costs a new graph. Every part is
+Each decode is dearer with more context, one of another shape than the one before costs a new graph, and the target's is
+dearer after drafts, the more so the more of them: the caches are the drafter's then. Every part is
 fitted to its own measured times: a robust mean per batch width and per number of rows, made monotone (isotonic
 regression) unless it is measured not to be, over slopes in context. Baselines stay apart: *no MTP* (hidden states not
 even extracted, no snapshots taken), MTP loaded and off, MTP idle, and each draft length.
@@ -35,6 +36,7 @@ from tracekit.replay.robust import (
     slowness_of,
     step_up,
     widened,
+    within,
 )
 from tracekit.trace.store import TraceFile
 
@@ -151,7 +153,7 @@ class _Steps:
                                    lag(prompt_id) OVER (PARTITION BY run ORDER BY request) AS new FROM requests)),
                target AS (SELECT *, lag(n_tokens) OVER (PARTITION BY run ORDER BY step) AS width_before FROM steps)
                SELECT block, mtp, n_past,
-                      NOT mtp AND arm <> 'no_mtp' AND coalesce(settings->>'memory', '') = 'snapshot' AS loaded,
+                      NOT mtp AND arm <> 'no_mtp' AND settings->>'memory' = 'snapshot' AS loaded,
                       n_tokens AS width, coalesce(width_before, 0) AS width_before, len(v.tokens) AS emitted,
                       n_draft_decodes AS decodes, n_catchup AS rows, coalesce(rows_before, 0) AS rows_before,
                       target_us AS target, first_draft_us AS first, draft_us AS draft, catchup_us AS catchup,
@@ -224,9 +226,11 @@ class _Steps:
     def prices(self, n_max: int, otherwise: np.ndarray | None = None) -> np.ndarray:
         """Prices of all counts; what these steps do not measure is taken from ``otherwise``, or refused without it."""
         prices, on = np.zeros(kernel.n_counts(n_max)), self.take(self.mtp == 1)
-        on._price_target(prices, n_max, otherwise)
-        on._price_drafting(prices, n_max, otherwise)
+        after, each = on._price_target(prices, n_max, otherwise)
+        on._price_drafting(prices, n_max, otherwise, each)
         on._price_host(prices)
+        prices[kernel.DRAFT_ROUNDS] += after
+        prices[kernel.DRAFT_DECODES] += each
         bare = self.take((self.mtp == 0) & (self.loaded == 0))._plain_us(prices)
         loaded = self.take(self.loaded == 1)._plain_us(prices)
         if otherwise is not None:
@@ -242,17 +246,21 @@ class _Steps:
         time = self.wall - per_kv * self.kv - prices[kernel.RESHAPES] * self.reshapes
         return robust_mean(time) if len(time) else None
 
-    def _price_target(self, prices: np.ndarray, n_max: int, before: np.ndarray | None) -> None:
+    def _price_target(self, prices: np.ndarray, n_max: int, before: np.ndarray | None) -> tuple[float, float]:
+        """Prices the target's decodes; returns what it takes more after drafts, once and for each decode of them."""
         widths = _layout(n_max)[0]
-        reshape = step_up(self.target, self.reshapes, self.width)
-        time = self.target - reshape * self.reshapes
+        steps = self.take(self.width_before <= n_max + 1)  # the first after a prompt is dearer still
+        beside = np.column_stack((steps.reshapes, steps.decodes > 0, steps.decodes, steps.kv, steps.kv * steps.width))
+        reshape, after, each = within(beside, steps.target, steps.width)[:3]
+        time = self.target - reshape * self.reshapes - after * (self.decodes > 0) - each * self.decodes
         level, slope = slopes(self.kv, time, self.width)
         prices[kernel.RESHAPES], prices[kernel.KV], prices[kernel.KV_WIDTH] = reshape, level, slope
         time = time - self.kv * (level + slope * self.width)
         known = None if before is None else before[widths]
         prices[widths] = self._cells(time, self.width, n_max, known, "target batches of width")
+        return after, each
 
-    def _price_drafting(self, prices: np.ndarray, n_max: int, before: np.ndarray | None) -> None:
+    def _price_drafting(self, prices: np.ndarray, n_max: int, before: np.ndarray | None, each: float) -> None:
         rounds, catchups = self.take(self.decodes > 0), _layout(n_max)[1]
         if not len(rounds.wall):
             if before is not None:
@@ -267,7 +275,7 @@ class _Steps:
         if len(more.wall):
             each = (more.draft - more.first - reshape * (more.rows != 1)) / (more.decodes - 1)
             prices[kernel.DRAFT_DECODES] = robust_mean(each - per_kv * more.kv)
-        known = None if before is None else before[catchups] + before[kernel.DRAFT_DECODES]
+        known = None if before is None else before[catchups] + before[kernel.DRAFT_DECODES] - each
         time = rounds.first - per_kv * rounds.kv - reshape * changed
         prices[catchups] = self._cells(time, rounds.rows, n_max, known, "catch-ups of rows", self.prompt_line)
         prices[catchups] -= prices[kernel.DRAFT_DECODES]

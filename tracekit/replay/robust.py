@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.optimize import isotonic_regression
+from scipy.optimize import isotonic_regression, nnls
 
 LEAST = 5  # measurements that make a cell
 _PIECES = 10  # of a stretch of time that is the only one
@@ -83,6 +83,30 @@ def step_up(y: np.ndarray, flag: np.ndarray, keys: np.ndarray) -> float:
             found.append(np.median(with_flag) - np.median(without))
             weight.append(min(len(with_flag), len(without)))
     return max(0.0, float(np.average(found, weights=weight))) if found else 0.0
+
+
+def within(x: np.ndarray, y: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """How ``y`` grows with each column of ``x``, float64 ``[n, n_columns]``, among equal ``keys``, none negative: least
+    squares of the differences from each key's mean, what is far off pulled in. A column that is constant for every key
+    gets 0.
+    """
+    if not len(y):
+        return np.zeros(x.shape[1])
+    groups = np.unique(keys, return_inverse=True)[1]
+    counts = np.bincount(groups)
+
+    def apart(values: np.ndarray) -> np.ndarray:
+        return values - (np.bincount(groups, values) / counts)[groups]
+
+    columns = np.column_stack([apart(column) for column in x.T.astype(float)])
+    scale = np.sqrt((columns**2).sum(0))
+    columns = np.where(scale > 1e-9 * (1 + np.abs(x).max(0)), columns / np.maximum(scale, 1e-300), 0.0)
+    wanted, found = apart(y), np.zeros(x.shape[1])
+    for _ in range(4):
+        found = nnls(columns, wanted)[0]
+        fitted = columns @ found
+        wanted = fitted + pulled_in(apart(y) - fitted)
+    return found / np.maximum(scale, 1e-300)
 
 
 def slopes(x: np.ndarray, y: np.ndarray, keys: np.ndarray) -> tuple[float, float]:

@@ -41,8 +41,8 @@ class Serving:
         if n_slots is not None and n_slots < 1:
             raise TracekitError(f"--parallel {n_slots}: 1 or more")
         last = json.loads(trace.runs["settings"][-1])
-        most, tail = n_slots or last["n_slots"], last["n_max"] + 1 if last.get("memory") == "snapshot" else -1
-        unified = last.get("kv_unified", False) and most > 1
+        most, tail = n_slots or last["n_slots"], last["n_max"] + 1 if last["memory"] == "snapshot" else -1
+        unified = last["kv_unified"] and most > 1
         return cls(most, last["n_batch"], last["n_ubatch"], unified, wave, tail)
 
     def unlike(self, other: Any) -> str:

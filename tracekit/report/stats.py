@@ -132,10 +132,10 @@ def ratio_interval(part: np.ndarray, whole: np.ndarray, n_boot: int = 500) -> tu
 
 
 def _by_category(trace: TraceFile) -> pl.DataFrame:
-    """What was drafted and accepted, by arm and category; live also by the policy that decided, where it is known."""
-    policy = "CASE arm WHEN 'live' THEN policy END" if trace.has("summary", "policy") else "NULL::VARCHAR"
+    """What was drafted and accepted, by arm and category; live also by the policy that decided."""
     return trace.frame(
-        f"""SELECT arm, {policy} AS policy, category, count(*)::INT AS requests, sum(n_generated)::INT AS tokens,
+        """SELECT arm, CASE arm WHEN 'live' THEN policy END AS policy, category, count(*)::INT AS requests,
+                  sum(n_generated)::INT AS tokens,
                   sum(verifications)::INT AS verifications,
                   sum(drafted)::INT AS drafted, sum(accepted)::INT AS accepted,
                   1 + sum(accepted) / nullif(sum(verifications), 0) AS tau,
@@ -218,8 +218,6 @@ def _notes(runs: pl.DataFrame, acceptance: pl.DataFrame) -> list[str]:
 
 def _gpu_notes(trace: TraceFile) -> list[str]:
     """What each GPU was doing while the trace was recorded: medians and ranges of its readings under load."""
-    if "gpu_readings" not in trace.tables:
-        return []
     readings = trace.frame(
         """SELECT gpu, count(*)::INT AS n, median(sm_clock_mhz) AS clock, min(sm_clock_mhz) AS low,
                   max(sm_clock_mhz) AS high, median(power_w) AS power, max(power_w) AS peak,

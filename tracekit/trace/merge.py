@@ -75,10 +75,6 @@ def _check(traces: Sequence[TraceFile]) -> None:
                     f"{trace.path}: {name} {value}, in {first.path} {wanted}; traces of the same model, machine and "
                     "settings can be merged"
                 )
-        missing = [f"{t}.{c}" for t in TABLES for c in columns(t) if t != "gpu_readings" and not trace.has(t, c)]
-        if missing:
-            version = trace.runs["tracekit_version"][0]
-            raise TracekitError(f"{trace.path}: of tracekit {version}, whose traces lack {missing[0]}; record again")
 
 
 def _differences(run: dict[str, Any], first: dict[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -97,8 +93,7 @@ def _fill(con: duckdb.DuckDBPyConnection, traces: Sequence[TraceFile]) -> None:
     for trace in traces:
         con.execute(f"ATTACH '{str(trace.path).replace(chr(39), chr(39) * 2)}' AS part (READ_ONLY)")
         for table in TABLES:
-            if table in trace.tables:
-                names = ", ".join(f"{name} + {n_runs}" if name == "run" else name for name in columns(table))
-                con.execute(f"INSERT INTO {table} SELECT {names} FROM part.{table}")
+            names = ", ".join(f"{name} + {n_runs}" if name == "run" else name for name in columns(table))
+            con.execute(f"INSERT INTO {table} SELECT {names} FROM part.{table}")
         con.execute("DETACH part")
         n_runs += trace.runs["run"].max() + 1

@@ -7,7 +7,7 @@ a monotonic clock; ``run`` numbers the recording sessions of one file.
 
 from __future__ import annotations
 
-VERSION = 1
+VERSION = 2
 
 TABLES = """
 CREATE TABLE runs (                      -- one row per recording session: where everything below comes from
@@ -32,8 +32,8 @@ CREATE TABLE runs (                      -- one row per recording session: where
     device VARCHAR NOT NULL,             -- device names, or the processor's
     driver VARCHAR,
     settings JSON NOT NULL,              -- every engine setting: n_ctx, n_batch, n_threads, cache types, ...; memory:
-                                         -- partial or snapshot, how the target forgets (absent: partial); probe: its
-                                         -- seed; live: text and sha256 of a policy file of one's own
+                                         -- partial or snapshot, how the target forgets; probe: its seed; live: text
+                                         -- and sha256 of a policy file of one's own
     machine JSON NOT NULL                -- operating system, processor, cores, Python; GPUs with driver, CUDA and
                                          -- limits; cuda_graphs; placement: layers by device, buffers, flash attention
 );
@@ -59,7 +59,7 @@ CREATE TABLE requests (
     n_ctx INTEGER NOT NULL,              -- context of the slot, tokens
     temp REAL NOT NULL,                  -- 0: greedy
     seed BIGINT NOT NULL,
-    top_k INTEGER NOT NULL,              -- from here on: files of tracekit 0.2 lack these
+    top_k INTEGER NOT NULL,
     top_p REAL NOT NULL,
     min_p REAL NOT NULL,
     policy VARCHAR NOT NULL,             -- that decided, as on the command line; probe: empty, none does
@@ -96,8 +96,8 @@ CREATE TABLE steps (                     -- one llama_decode of the target, and 
     record_us INTEGER NOT NULL,          -- of the step before
     wall_us INTEGER NOT NULL             -- the whole step
 );
-CREATE TABLE gpu_readings (              -- what NVIDIA GPUs were doing, every 0.9 s; -1: not told. Read,
-    run SMALLINT NOT NULL,               -- never set. Files of tracekit 0.1 lack the table
+CREATE TABLE gpu_readings (              -- what NVIDIA GPUs were doing, every 0.9 s; -1: not told. Read, never set
+    run SMALLINT NOT NULL,
     t_us BIGINT NOT NULL,                -- end of the newest step then, since the run's first step
     gpu SMALLINT NOT NULL,
     sm_clock_mhz INTEGER NOT NULL,

@@ -40,16 +40,6 @@ class TraceFile:
         """The recording sessions, one row each, with their provenance."""
         return self.frame("SELECT * FROM runs LEFT JOIN run_ends USING (run) ORDER BY run")
 
-    @cached_property
-    def tables(self) -> frozenset[str]:
-        """Tables and views in the file."""
-        return frozenset(self.frame("SELECT table_name FROM information_schema.tables")["table_name"])
-
-    def has(self, table: str, column: str) -> bool:
-        """Whether ``table`` or view has ``column``: files of an earlier tracekit may lack it."""
-        found = "SELECT 1 FROM information_schema.columns WHERE table_name = $table AND column_name = $column"
-        return not self.frame(found, table=table, column=column).is_empty()
-
     @property
     def trace_id(self) -> str:
         """Identity of what was recorded: the trace ids of all runs."""
@@ -61,10 +51,8 @@ def recorded_with(trace: TraceFile, priced: TraceFile) -> dict[str, Any]:
     as far as all were sampled alike, and settings of the engine.
     """
     settings = json.loads(priced.runs["settings"][-1])
-    found = {name: settings[name] for name in _COSTLY if name in settings}
-    sampled = trace.frame(  # files of an earlier tracekit lack some
-        "SELECT DISTINCT COLUMNS('^(temp|top_k|top_p|min_p)$') FROM requests WHERE arm IN ('probe', 'live')"
-    )
+    found = {name: settings[name] for name in _COSTLY}
+    sampled = trace.frame("SELECT DISTINCT temp, top_k, top_p, min_p FROM requests WHERE arm IN ('probe', 'live')")
     alike = {name: round(sampled[name][0], 6) for name in sampled.columns if sampled[name].n_unique() == 1}  # REALs
     return found | (alike if alike.get("temp") else {name: alike[name] for name in alike if name == "temp"})
 

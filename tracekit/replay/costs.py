@@ -273,8 +273,8 @@ class _Steps:
         per_kv = slopes(rounds.kv, rounds.first, rounds.rows)[0]
         prices[kernel.DRAFT_RESHAPES], prices[kernel.KV_DRAFT] = reshape, per_kv
         if len(more.wall):
-            each = (more.draft - more.first - reshape * (more.rows != 1)) / (more.decodes - 1)
-            prices[kernel.DRAFT_DECODES] = robust_mean(each - per_kv * more.kv)
+            time = (more.draft - more.first - reshape * (more.rows != 1)) / (more.decodes - 1)
+            prices[kernel.DRAFT_DECODES] = robust_mean(time - per_kv * more.kv)
         known = None if before is None else before[catchups] + before[kernel.DRAFT_DECODES] - each
         time = rounds.first - per_kv * rounds.kv - reshape * changed
         prices[catchups] = self._cells(time, rounds.rows, n_max, known, "catch-ups of rows", self.prompt_line)

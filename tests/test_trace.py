@@ -61,27 +61,9 @@ def _journal(folder, events, run=3):
         if row is None:
             journal.append(pending.take())
         else:
-            pending.verified(row[1:-4], *row[-4:])
+            pending.verified(row[1:])
     journal.close()
     return writer, journal.path
-
-
-def test_what_an_interrupt_left_of_a_verification_is_not_the_next_ones():
-    """After an exception between a verification's lists and itself, later ones keep their own."""
-    pending = Pending(3)
-    pending.verified((1,) * 10, "n_max", [7], [0.5], [8, 9])
-    pending._draft_ids += [1, 2, 3]
-    pending._tokens += [4]
-    pending.aborted()
-    pending._lengths += (1, 0, 0)
-    pending._stops.append("room")
-    pending.aborted()
-    pending.verified((2,) * 10, "p_min", [5], [], [6])
-    entry = pending.take()
-    assert np.frombuffer(entry.draft_ids, np.int32).tolist() == [7, 5]
-    assert np.frombuffer(entry.tokens, np.int32).tolist() == [8, 9, 6]
-    assert np.frombuffer(entry.lengths, np.int32).tolist() == [1, 1, 2, 1, 0, 1]
-    assert entry.n_verifications == 2
 
 
 def _verifications(writer):
@@ -163,7 +145,7 @@ def test_rows_that_cannot_be_stored_are_left_out_one_by_one():
     moments = rows.Moments(**dict.fromkeys(rows.Moments._fields, 0))
     for step, learned in enumerate((10_000, 3 << 40, 20_000)):
         pending.stepped(moments._replace(step=step, learned_ns=learned))
-    pending.verified(_ROW[1:-4], *_ROW[-4:])
+    pending.verified(_ROW[1:])
     entry, why = storable(pending.take())
     assert entry.requests == [(3, 0, "7", "None", "live", 0, 1, 9, 64, 0.5, 1, 40, 0.5, 0.25, "off")]
     assert batches([entry])["steps"]["step"].to_pylist() == [0, 2]

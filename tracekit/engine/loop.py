@@ -45,19 +45,14 @@ class Observer(Protocol):
     def stepped(self, moments: tuple[int, ...]) -> None:
         """A step is done: the fields of :class:`~tracekit.trace.rows.Moments`."""
 
-    def verified(
-        self, numbers: tuple[int, ...], stop: str, draft_ids: list[int], draft_probs: list[float], tokens: list[int]
-    ) -> None:
-        """A slot's share of a step is known, for a probe some steps later: ``numbers`` are the fields of
-        :class:`~tracekit.trace.rows.Verification` from ``request`` to ``n_decodes``, then come the others. Making a row
-        object of them would take as long as all the rest of recording.
+    def verified(self, row: tuple) -> None:
+        """A slot's share of a step is known, for a probe some steps later: the fields of
+        :class:`~tracekit.trace.rows.Verification` from ``request`` on. Making a row object of them would take as long
+        as all the rest of recording.
         """
 
     def ended(self, request: RequestEnd) -> None:
         """A request is finished."""
-
-    def aborted(self) -> None:
-        """An exception has ended a step, maybe in the middle of one of these calls."""
 
 
 class Loop:
@@ -150,8 +145,6 @@ class Loop:
             self._vacate(i)
         if self.probe is not None:
             self.probe.forget()
-        if self.observer is not None:
-            self.observer.aborted()
         self._extracting = None
 
     def _admit(self) -> None:
@@ -346,20 +339,20 @@ class Loop:
         for slot in generating:
             ask, n, tokens = slot.ask, slot.n_emitted, slot.tokens
             drafts, (drafted, accepted) = ask.drafts, slot.rounds[-1]
-            numbers = (
+            row = (
                 slot.number, step, len(tokens) - slot.n_prompt - n, slot.n_asked, len(drafts), drafted, accepted,
-                accepted, slot.n_redecoded, ask.n_decodes,
-            )  # fmt: skip  # what happened when, then how much
+                accepted, slot.n_redecoded, ask.n_decodes, ask.stop, drafts, ask.probs, tokens[-n:],
+            )  # fmt: skip  # what happened when, then how much, then what
             if probing:
-                self._settle(slot, Verification(self.observer.run, *numbers, ask.stop, drafts, ask.probs, tokens[-n:]))
+                self._settle(slot, Verification(self.observer.run, *row))
             else:
-                verified(numbers, ask.stop, drafts, ask.probs, tokens[-n:])
+                verified(row)
         for slot in started:  # with a token that the prompt's last batch gave
-            row = (slot.number, step, 0, 0, 0, 0, 0, 0, 0, 0), "off", [], [], slot.tokens[-1:]
+            row = (slot.number, step, 0, 0, 0, 0, 0, 0, 0, 0, "off", [], [], slot.tokens[-1:])
             if probing:
-                self._settle(slot, Verification(self.observer.run, *row[0], *row[1:]))
+                self._settle(slot, Verification(self.observer.run, *row))
             else:
-                verified(*row)
+                verified(row)
 
     def _settle(self, slot: Slot, row: Verification) -> None:
         """Give the probe ``row``, and the observer the rows of ``slot`` whose drafts can now be judged."""
@@ -370,7 +363,7 @@ class Loop:
 
     def _judged(self, rows: list[Verification]) -> None:
         for row in rows:
-            self.observer.verified(row[1:-4], *row[-4:])
+            self.observer.verified(row[1:])
 
     def finish(self, slot: Slot, now_ns: int) -> Completion:
         """End ``slot``'s request: free the slot, tell the observer, return the completion."""

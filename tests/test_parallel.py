@@ -279,7 +279,7 @@ def test_costs_of_other_batches_are_a_warning(models, settings, several, tmp_pat
     assert League.of(open_trace(several[1])).warning == ""
     other = tmp_path / "other.duckdb"
     shutil.copy(several[1], other)
-    changed = json.dumps(chosen.as_dict() | {"n_ubatch": 32})
+    changed = json.dumps(json.loads(open_trace(other).runs["settings"][0]) | {"n_ubatch": 32})
     with duckdb.connect(str(other)) as con:
         con.execute("UPDATE runs SET settings = ?", [changed])
     assert "n_ubatch 32 and not 64" in League.of(open_trace(several[1]), open_trace(other)).warning

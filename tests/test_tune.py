@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 
 from tracekit.policy.rule import rule
 from tracekit.replay import kernel
-from tracekit.replay.league import League
+from tracekit.replay.league import Interval, League
 from tracekit.testing import random_positions
-from tracekit.tune.search import _folds, held_out_counts, search, worst_slowdown
+from tracekit.tune.evidence import _why_off
+from tracekit.tune.search import Search, _folds, held_out_counts, search, worst_slowdown
 
 from .test_replay import made_up_cost
 
@@ -54,6 +56,22 @@ def test_every_choice_is_the_fastest_safe_one(seed, max_slowdown):
     if found.chosen:
         assert times[found.chosen].sum() == pytest.approx(best(np.ones(len(fold), bool)))
         assert worst_slowdown(league, times[found.held_out, np.arange(len(fold))]) <= max_slowdown + 1e-9
+    if found.refused:
+        policy, category, slowed = found.refused
+        assert (policy != rule("off")(), category in league.members, slowed > max_slowdown) == (True, True, True)
+        assert times[found.policies.index(policy)].sum() < times[0].sum()
+
+
+def test_off_says_what_it_was_chosen_instead_of():
+    """A policy that only looked faster is named, with what spoke against it; a matter of course has no more to say."""
+    static = rule("static")(n_max=2)
+    nothing = Search([rule("off")(), static], np.array([2.0, 1.0]), 0, np.zeros(3, int), 0.02)
+    assert _why_off(nothing, Interval(1.0, 1.0, 1.0)) == ""
+    said = _why_off(replace(nothing, chosen=1), Interval(1.1, 0.9, 1.3))
+    assert "static:n_max=2" in said
+    assert "1.10 x no MTP (0.90 to 1.30" in said
+    said = _why_off(replace(nothing, refused=(static, "prose", 0.054)), Interval(1.0, 1.0, 1.0))
+    assert "slow prose prompts that they were not made on by 5.4 %" in said
 
 
 def test_folds_without_drafts_are_the_baseline():

@@ -35,9 +35,11 @@ def tune(
     found = search(league, space, max_slowdown, folds, seed, progress)
     filled = held_out_counts(league, found)
     gain = league.gain(filled)
+    why = ""
     if found.chosen and gain.low > 1:
         speed, categories = league.speed(filled), {c: league.gain(filled, m) for c, m in league.members.items()}
     else:
+        why = _why_off(found, gain)
         found = replace(found, chosen=0)
         speed, gain = league.no_mtp_speed(), Interval(1.0, 1.0, 1.0)
         categories = {c: gain for c in league.members}
@@ -47,7 +49,7 @@ def tune(
     return PolicyFile(
         found.policy,
         Evidence(
-            advice=_advice(found.policy, gain, worst, categories[worst], exact, league),
+            advice=_advice(found.policy, gain, worst, categories[worst], exact, league) + why,
             tracekit_version=tracekit.__version__,
             trace=Path(league.trace.path).name,
             trace_id=league.trace.trace_id,
@@ -117,6 +119,22 @@ def _alternative(label: str, speed: Interval, gain: float, safe: bool) -> Altern
         speedup=round(gain, 4),
         safe=safe,
     )
+
+
+def _why_off(found: Search, gain: Interval) -> str:
+    """What ``off`` was recommended instead of, where that is no matter of course; empty where nothing was faster."""
+    if found.chosen:
+        return (
+            f" {found.policy} is faster on these, but choices like it are {gain.value:.2f} x no MTP ({gain.low:.2f} to "
+            f"{gain.high:.2f}, 95 %) on requests that they were not made on: more prompts would tell."
+        )
+    if found.refused is not None:
+        policy, category, slowed = found.refused
+        return (
+            f" {policy} is faster on these and slows no category, but choices like it slow {category} prompts that "
+            f"they were not made on by {100 * slowed:.1f} %: more of those would tell, or a larger --max-slowdown."
+        )
+    return ""
 
 
 def _advice(policy: Policy, gain: Interval, worst: str, worst_gain: Interval, exact: float, league: League) -> str:

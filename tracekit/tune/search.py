@@ -28,7 +28,8 @@ class Search:
     ``[n_policies]``: predicted microseconds of all requests.
 
     ``held_out``: the policy index chosen, for each request, without it. ``allowed``: the slowdown the selection
-    allowed in the end.
+    allowed in the end. ``refused``: what was chosen at first, and the category of held-out requests that choices like
+    it slowed by more than allowed, and by how much; None where they did not.
     """
 
     policies: list[Policy]
@@ -36,6 +37,7 @@ class Search:
     chosen: int
     held_out: np.ndarray
     allowed: float
+    refused: tuple[Policy, str, float] | None = None
 
     @property
     def policy(self) -> Policy:
@@ -77,19 +79,21 @@ def search(
         if fresh:
             policies = policies + fresh
             times.add(fresh, None)
-    allowed = max_slowdown
+    allowed, refused = max_slowdown, None
     for _ in range(_STRICTER):
         best, closest = np.zeros(folds, int), -np.inf
         for k in range(folds):
             seen = np.arange(folds) != k
             best[k] = times.ranked(seen, allowed)[0]
-            closest = max(closest, times.slowdown(np.full(folds, best[k]), seen))
+            closest = max(closest, times.slowdowns(np.full(folds, best[k]), seen).max())
         chosen = int(times.ranked(everything, allowed)[0])
-        excess = times.slowdown(best, everything) - max_slowdown
+        slowed = times.slowdowns(best, everything)
+        excess = slowed.max() - max_slowdown
         if excess <= 0 or chosen == 0:
-            return Search(policies, times.total_us, chosen, best[fold], allowed)
+            return Search(policies, times.total_us, chosen, best[fold], allowed, refused)
+        refused = refused or (policies[chosen], list(league.members)[slowed.argmax()], float(slowed.max()))
         allowed = min(allowed - excess, closest - 1e-6)  # so that some fold selects another
-    return Search(policies, times.total_us, 0, np.zeros(n, int), allowed)
+    return Search(policies, times.total_us, 0, np.zeros(n, int), allowed, refused)
 
 
 class _Times:
@@ -133,13 +137,13 @@ class _Times:
         safe[0] = True
         return np.argsort(np.where(safe, times.sum(1), np.inf), kind="stable")[: int(safe.sum())]
 
-    def slowdown(self, chosen: np.ndarray, seen: np.ndarray) -> float:
-        """The largest slowdown against no MTP over the categories, of the requests in the ``seen`` folds, each fold
-        under the policy that is ``chosen`` for it: int ``[n_folds]``.
+    def slowdowns(self, chosen: np.ndarray, seen: np.ndarray) -> np.ndarray:
+        """Each category's slowdown against no MTP, float64 ``[n_categories]``, of the requests in the ``seen`` folds,
+        each fold under the policy that is ``chosen`` for it: int ``[n_folds]``. -1 for a category without requests.
         """
         folds = np.flatnonzero(seen)
         times, no_mtp = self._sums[chosen[folds], :, folds].sum(0), self._no_mtp[:, folds].sum(1)
-        return float((times[no_mtp > 0] / no_mtp[no_mtp > 0]).max() - 1)
+        return np.divide(times, no_mtp, out=np.zeros(len(times)), where=no_mtp > 0) - 1
 
 
 def _folds(categories: Sequence[str], folds: int, seed: int) -> np.ndarray:

@@ -229,9 +229,8 @@ class Engine:
             return done
 
     def _step(self) -> None:
-        if self._stepping or self.model is None:
-            self._check_between_steps()
-            self._check_open()
+        self._check_open()
+        self._check_between_steps()
         self._stepping = True
         try:
             for done in self._loop.step():

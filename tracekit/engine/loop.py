@@ -4,8 +4,8 @@ One call of :meth:`Loop.step` is one ``llama_decode`` of the target for every sl
 drafts, the drafter makes them, the target verifies them beside any prompt still being read, and each slot's sampler
 walks its rows, accepting drafts while they are what it chose itself. The text is therefore the same under every policy.
 
-A decode leaves nothing of Python in the processor's caches, so that every function called after it costs some 0.7 us;
-hence loops where comprehensions, calls of their own in Python 3.11, would be shorter.
+A decode leaves nothing of Python in the processor's caches, so that what is called after it is slow; hence loops where
+comprehensions, calls of their own in Python 3.11, would be shorter.
 """
 
 from __future__ import annotations

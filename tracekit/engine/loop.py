@@ -25,7 +25,7 @@ from tracekit.engine.slot import Completion, Slot
 from tracekit.errors import TracekitError
 from tracekit.policy.interface import NEVER, Now, Outcome
 from tracekit.policy.rule import Policy
-from tracekit.trace.rows import RequestEnd, RequestRow, Verification
+from tracekit.trace.rows import RequestEnd, RequestRow, Verification, plain
 
 log = logging.getLogger("tracekit.engine")
 
@@ -50,6 +50,9 @@ class Observer(Protocol):
         :class:`~tracekit.trace.rows.Verification` from ``request`` on. Making a row object of them would take as long
         as all the rest of recording.
         """
+
+    def plain(self, row: tuple[int, int, int, int]) -> None:
+        """The same, of a slot that wanted no drafts: the arguments of :func:`~tracekit.trace.rows.plain` likewise."""
 
     def ended(self, request: RequestEnd) -> None:
         """A request is finished."""
@@ -335,24 +338,27 @@ class Loop:
 
     def _observe(self, generating: list[Slot], started: list[Slot]) -> None:
         """Hand the slots' shares to the observer; a probe's wait until their drafts can be judged."""
-        step, probing, verified = self._n_step, self.probe is not None and self.mtp, self.observer.verified
+        step, probing, observer = self._n_step, self.probe is not None and self.mtp, self.observer
         for slot in generating:
             ask, n, tokens = slot.ask, slot.n_emitted, slot.tokens
+            if ask is NOT_ASKED and not probing:
+                observer.plain((slot.number, step, len(tokens) - slot.n_prompt - 1, tokens[-1]))
+                continue
             drafts, (drafted, accepted) = ask.drafts, slot.rounds[-1]
             row = (
                 slot.number, step, len(tokens) - slot.n_prompt - n, slot.n_asked, len(drafts), drafted, accepted,
                 accepted, slot.n_redecoded, ask.n_decodes, ask.stop, drafts, ask.probs, tokens[-n:],
             )  # fmt: skip  # what happened when, then how much, then what
             if probing:
-                self._settle(slot, Verification(self.observer.run, *row))
+                self._settle(slot, Verification(observer.run, *row))
             else:
-                verified(row)
+                observer.verified(row)
         for slot in started:  # with a token that the prompt's last batch gave
-            row = (slot.number, step, 0, 0, 0, 0, 0, 0, 0, 0, "off", [], [], slot.tokens[-1:])
+            row = slot.number, step, 0, slot.tokens[-1]
             if probing:
-                self._settle(slot, Verification(self.observer.run, *row))
+                self._settle(slot, plain(observer.run, *row))
             else:
-                verified(row)
+                observer.plain(row)
 
     def _settle(self, slot: Slot, row: Verification) -> None:
         """Give the probe ``row``, and the observer the rows of ``slot`` whose drafts can now be judged."""

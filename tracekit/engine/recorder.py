@@ -61,7 +61,7 @@ class Recorder:
         self._interval_s = interval_s
         self._pending = Pending(self.run)
         self.began, self.ended = self._pending.began, self._pending.ended
-        self.stepped, self.verified = self._pending.stepped, self._pending.verified
+        self.stepped, self.verified, self.plain = self._pending.stepped, self._pending.verified, self._pending.plain
         self._nothing, self._left_out, self._writer_ns = True, False, 0
         self._process = os.getpid()
         self._stop = threading.Event()
@@ -116,7 +116,7 @@ class Recorder:
             write()
         except Exception as error:  # whatever it is, generation goes on
             self.failed = first_line(error)
-            self.began = self.ended = self.stepped = self.verified = _ignore
+            self.began = self.ended = self.stepped = self.verified = self.plain = _ignore
             self._pending = Pending(self.run)
             log.error(
                 "recording into %s stopped (%s); generation goes on, what was written is kept", self.path, self.failed

@@ -12,7 +12,7 @@ from array import array
 from itertools import chain, starmap
 
 from tracekit.trace.journal import Entry
-from tracekit.trace.rows import STOPS, Moments, RequestEnd, RequestRow, Verification
+from tracekit.trace.rows import STOPS, Moments, RequestEnd, RequestRow, Verification, plain
 
 N_MOMENTS = len(Moments._fields)
 N_WHOLE = Verification._fields.index("stop") - 1  # whole numbers of a verification, without the run
@@ -27,7 +27,7 @@ class Pending:
 
     Nothing is locked where rows come in: ``append`` adds all of a row or nothing. What a row refers to is added before
     it and taken after it. ``stepped`` takes the fields of :class:`Moments`, ``verified`` those of :class:`Verification`
-    from ``request`` on, both as a tuple.
+    from ``request`` on, ``plain`` the arguments of :func:`~tracekit.trace.rows.plain` likewise, all as a tuple.
     """
 
     def __init__(self, run: int):
@@ -38,17 +38,19 @@ class Pending:
         self._request_ends: list[RequestEnd] = []
         self._steps: list[tuple[int, ...]] = []
         self._verifications: list[tuple] = []
+        self._plain: list[tuple[int, int, int, int]] = []
         self.began, self.ended = self._requests.append, self._request_ends.append
-        self.stepped, self.verified = self._steps.append, self._verifications.append
+        self.stepped, self.verified, self.plain = self._steps.append, self._verifications.append, self._plain.append
 
     def __bool__(self) -> bool:
         """Whether any row waits."""
-        return bool(self._requests or self._steps or self._verifications or self._request_ends)
+        return bool(self._requests or self._steps or self._verifications or self._plain or self._request_ends)
 
     def take(self) -> Entry:
         """What has come in since the last call. Raises ``OverflowError`` for a token too large for 32 bits."""
         ends = _taken(self._request_ends, len(self._request_ends))
         verifications = _taken(self._verifications, len(self._verifications))
+        verifications += [plain(self.run, *row)[1:] for row in _taken(self._plain, len(self._plain))]
         steps = _taken(self._steps, len(self._steps))
         requests = _taken(self._requests, len(self._requests))
         *numbers, stops, draft_ids, draft_probs, tokens = zip(*verifications, strict=True) if verifications else _NONE

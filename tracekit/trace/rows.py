@@ -111,3 +111,8 @@ class Verification(NamedTuple):
     draft_ids: list[int]
     draft_probs: list[float]
     tokens: list[int]
+
+
+def plain(run: int, request: int, step: int, n_generated: int, token: int) -> Verification:
+    """The row of a slot that wanted no drafts, and so got one token."""
+    return Verification(run, request, step, n_generated, 0, 0, 0, 0, 0, 0, 0, "off", [], [], [token])

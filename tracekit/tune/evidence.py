@@ -14,7 +14,7 @@ from tracekit.policy.file import PolicyFile
 from tracekit.policy.rule import Policy, rule
 from tracekit.replay.league import Interval, League
 from tracekit.trace.store import recorded_with
-from tracekit.tune.search import Progress, Search, held_out_counts, search, worst_slowdown
+from tracekit.tune.search import Progress, Search, held_out_counts, safe, search
 from tracekit.tune.space import default_space
 
 
@@ -103,21 +103,21 @@ def _alternatives(league: League, found: Search, max_slowdown: float) -> tuple[A
         p for p in dict.fromkeys([*references(league).values(), *runners_up]) if p not in (found.policy, rule("off")())
     ]
     rows = league.table(policies).iter_rows(named=True)
-    for policy, row, time in zip(policies, rows, league.times(policies), strict=True):
+    are_safe = safe(league, policies, max_slowdown, found.margin)
+    for policy, row, is_safe in zip(policies, rows, are_safe.tolist(), strict=True):
         speed = Interval(row["tokens_per_second"], row["tokens_per_second_low"], row["tokens_per_second_high"])
-        safe = worst_slowdown(league, time) <= max_slowdown
-        out.append(_alternative(policy.label, speed, row["speedup"], safe))
+        out.append(_alternative(policy.label, speed, row["speedup"], is_safe))
     return tuple(out)
 
 
-def _alternative(label: str, speed: Interval, gain: float, safe: bool) -> Alternative:
+def _alternative(label: str, speed: Interval, gain: float, is_safe: bool) -> Alternative:
     return Alternative(
         policy=label,
         tokens_per_second=round(speed.value, 3),
         tokens_per_second_low=round(speed.low, 3),
         tokens_per_second_high=round(speed.high, 3),
         speedup=round(gain, 4),
-        safe=safe,
+        safe=is_safe,
     )
 
 

@@ -1,5 +1,9 @@
-"""Choose a policy on a trace, safely: the fastest that slows no prompt category by more than allowed, judged on
-requests it was not chosen on.
+"""Choose a policy on a trace, safely: the fastest that slows no prompt category by more than allowed, as far as the
+requests of each can tell, judged on requests it was not chosen on.
+
+A category's slowdown is a ratio of sums over its requests, with the standard error of such a ratio (Cochran, *Sampling
+Techniques*, chapter 2). Safe is a policy whose slowdown stays below what is allowed by a *margin* of standard errors:
+among thousands of policies that look safe, the fastest is one whose slowdown is underestimated.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from tracekit.tune.space import grid, neighbours
 
 _REFINED = 8  # best policies whose neighbourhood is tried
 _FRACTIONS = (0.5, 0.25)  # of a grid step
-_STRICTER = 20  # times that the selection is made stricter
+_MARGINS = 1.645, 2.0, 2.5, 3.0  # standard errors: a one-sided 95 % bound; more, where choices turn out unsafe
 _MOST_TIMES = 1 << 24  # of single requests that are held at once
 
 Progress = Callable[[int, int], None]
@@ -27,16 +31,16 @@ class Search:
     """What a search found. ``chosen``: index of the winner in ``policies``, ``off`` is 0; ``total_us`` float64
     ``[n_policies]``: predicted microseconds of all requests.
 
-    ``held_out``: the policy index chosen, for each request, without it. ``allowed``: the slowdown the selection
-    allowed in the end. ``refused``: what was chosen at first, and the category of held-out requests that choices like
-    it slowed by more than allowed, and by how much; None where they did not.
+    ``held_out``: the policy index chosen, for each request, without it. ``margin``: standard errors by which slowdowns
+    had to stay below what is allowed. ``refused``: what was chosen at first, and the category of held-out requests that
+    choices like it slowed by more than allowed, and by how much; None where they did not.
     """
 
     policies: list[Policy]
     total_us: np.ndarray
     chosen: int
     held_out: np.ndarray
-    allowed: float
+    margin: float
     refused: tuple[Policy, str, float] | None = None
 
     @property
@@ -57,7 +61,7 @@ def search(
 
     In every fold the selection sees the other requests only (what it selects from, the grid refined around the best of
     all requests, is common). Where the policies so chosen slow a category of held-out requests by more than
-    ``max_slowdown``, the selection is made stricter and repeated; a search that finds nothing safe returns ``off``.
+    ``max_slowdown``, the selection is repeated with a wider margin; a search that finds nothing safe returns ``off``.
     On a live trace a request takes the longest time that what is not known allows.
     """
     n = league.positions.n_requests
@@ -72,41 +76,47 @@ def search(
     times = _Times(league, fold)
     times.add(policies, progress)
     for fraction in _FRACTIONS:
-        best = times.ranked(everything, max_slowdown)[:_REFINED]
+        best = times.ranked(everything, max_slowdown, _MARGINS[0])[:_REFINED]
         known = set(policies)
         beside = neighbours([policies[i] for i in best], space, league.positions.n_max, fraction)
         fresh = [p for p in beside if p not in known]
         if fresh:
             policies = policies + fresh
             times.add(fresh, None)
-    allowed, refused = max_slowdown, None
-    for _ in range(_STRICTER):
-        best, closest = np.zeros(folds, int), -np.inf
-        for k in range(folds):
-            seen = np.arange(folds) != k
-            best[k] = times.ranked(seen, allowed)[0]
-            closest = max(closest, times.slowdowns(np.full(folds, best[k]), seen).max())
-        chosen = int(times.ranked(everything, allowed)[0])
-        slowed = times.slowdowns(best, everything)
-        excess = slowed.max() - max_slowdown
-        if excess <= 0 or chosen == 0:
-            return Search(policies, times.total_us, chosen, best[fold], allowed, refused)
+    refused = None
+    for margin in _MARGINS:
+        seen = [np.arange(folds) != k for k in range(folds)]
+        best = np.array([times.ranked(of, max_slowdown, margin)[0] for of in seen])
+        chosen = int(times.ranked(everything, max_slowdown, margin)[0])
+        slowed = times.slowdowns(best)
+        if chosen == 0 or slowed.max() <= max_slowdown:
+            return Search(policies, times.total_us, chosen, best[fold], margin, refused)
         refused = refused or (policies[chosen], list(league.members)[slowed.argmax()], float(slowed.max()))
-        allowed = min(allowed - excess, closest - 1e-6)  # so that some fold selects another
-    return Search(policies, times.total_us, 0, np.zeros(n, int), allowed, refused)
+    return Search(policies, times.total_us, 0, np.zeros(n, int), margin, refused)
+
+
+def safe(league: League, policies: Sequence[Policy], max_slowdown: float, margin: float) -> np.ndarray:
+    """Whether each of ``policies`` slows no category by more than allowed, by a ``margin`` of standard errors: bool
+    ``[n_policies]``.
+    """
+    times = _Times(league, np.zeros(league.positions.n_requests, int))
+    times.add(policies, None)
+    return times.safe(np.ones(1, bool), max_slowdown, margin)
 
 
 class _Times:
-    """Predicted microseconds of policies on the requests of each category and fold, ``off`` being no MTP: sums, float64
-    ``[n_policies, n_categories, n_folds]``, so that memory does not grow with policies times requests.
+    """Predicted microseconds of policies on the requests of each category and fold, ``off`` being no MTP: sums, and
+    what the spread of their ratio to no MTP takes, float64 ``[n_policies, n_categories, n_folds]``, so that memory does
+    not grow with policies times requests.
     """
 
     def __init__(self, league: League, fold: np.ndarray):
         members = list(league.members.values())
         self._league, self._shape = league, (len(members), int(fold.max()) + 1)
         self._cells = np.argmax(members, 0) * self._shape[1] + fold
-        self._sums = np.zeros((0, *self._shape))
-        self._no_mtp = self._summed(league.no_mtp_us[None])[0]
+        self._sums = self._squares = self._products = np.zeros((0, *self._shape))
+        no_mtp = league.no_mtp_us
+        self._n, self._no_mtp, self._no_mtp_squares = self._summed(np.array([np.ones(len(no_mtp)), no_mtp, no_mtp**2]))
 
     def _summed(self, times: np.ndarray) -> np.ndarray:
         sums = np.array([np.bincount(self._cells, of, self._shape[0] * self._shape[1]) for of in times])
@@ -114,12 +124,15 @@ class _Times:
 
     def add(self, policies: Sequence[Policy], progress: Progress | None) -> None:
         """Predict more policies."""
+        no_mtp = self._league.no_mtp_us
         chunk = int(np.clip(_MOST_TIMES // self._league.positions.n_requests, 1, 512))
         for start in range(0, len(policies), chunk):
             some = policies[start : start + chunk]
             times = self._league.times(some)
-            times[[p == rule("off")() for p in some]] = self._league.no_mtp_us
+            times[[p == rule("off")() for p in some]] = no_mtp
             self._sums = np.concatenate((self._sums, self._summed(times)))
+            self._squares = np.concatenate((self._squares, self._summed(times**2)))
+            self._products = np.concatenate((self._products, self._summed(times * no_mtp)))
             if progress:
                 progress(min(start + chunk, len(policies)), len(policies))
 
@@ -128,22 +141,31 @@ class _Times:
         """Of all requests: float64 ``[n_policies]``."""
         return self._sums.sum((1, 2))
 
-    def ranked(self, seen: np.ndarray, allowed: float) -> np.ndarray:
-        """Indices of the policies that keep every category of the requests in the ``seen`` folds within ``allowed``,
-        fastest first; never empty.
+    def safe(self, seen: np.ndarray, allowed: float, margin: float) -> np.ndarray:
+        """Which policies keep every category of the requests in the ``seen`` folds a ``margin`` of standard errors
+        within ``allowed``: bool ``[n_policies]``. A single request of a category has no error that one could tell.
         """
-        times = self._sums[:, :, seen].sum(2)
-        safe = (times <= (1 + allowed) * self._no_mtp[:, seen].sum(1) + 1e-6).all(1)
-        safe[0] = True
-        return np.argsort(np.where(safe, times.sum(1), np.inf), kind="stable")[: int(safe.sum())]
+        times, squares, products = (of[:, :, seen].sum(2) for of in (self._sums, self._squares, self._products))
+        n, no_mtp, no_mtp_squares = (of[:, seen].sum(1) for of in (self._n, self._no_mtp, self._no_mtp_squares))
+        there = n > 0
+        ratio = times[:, there] / no_mtp[there]
+        spread = squares[:, there] - 2 * ratio * products[:, there] + ratio**2 * no_mtp_squares[there]
+        error = np.sqrt(np.maximum(spread, 0) * n[there] / np.maximum(n[there] - 1, 1)) / no_mtp[there]
+        return (ratio - 1 + margin * error <= allowed + 1e-9).all(1)
 
-    def slowdowns(self, chosen: np.ndarray, seen: np.ndarray) -> np.ndarray:
-        """Each category's slowdown against no MTP, float64 ``[n_categories]``, of the requests in the ``seen`` folds,
-        each fold under the policy that is ``chosen`` for it: int ``[n_folds]``. -1 for a category without requests.
+    def ranked(self, seen: np.ndarray, allowed: float, margin: float) -> np.ndarray:
+        """Indices of the policies that are safe on the requests in the ``seen`` folds, fastest first; never empty."""
+        safe = self.safe(seen, allowed, margin)
+        safe[0] = True
+        times = self._sums[:, :, seen].sum((1, 2))
+        return np.argsort(np.where(safe, times, np.inf), kind="stable")[: int(safe.sum())]
+
+    def slowdowns(self, chosen: np.ndarray) -> np.ndarray:
+        """Each category's slowdown against no MTP, float64 ``[n_categories]``, each fold under the policy that is
+        ``chosen`` for it: int ``[n_folds]``.
         """
-        folds = np.flatnonzero(seen)
-        times, no_mtp = self._sums[chosen[folds], :, folds].sum(0), self._no_mtp[:, folds].sum(1)
-        return np.divide(times, no_mtp, out=np.zeros(len(times)), where=no_mtp > 0) - 1
+        times = self._sums[chosen, :, np.arange(len(chosen))].sum(0)
+        return times / self._no_mtp.sum(1) - 1
 
 
 def _folds(categories: Sequence[str], folds: int, seed: int) -> np.ndarray:
@@ -156,11 +178,6 @@ def _folds(categories: Sequence[str], folds: int, seed: int) -> np.ndarray:
         fold[members] = (next_fold + np.arange(len(members))) % folds
         next_fold += len(members)
     return fold
-
-
-def worst_slowdown(league: League, time: np.ndarray) -> float:
-    """The largest slowdown against no MTP over the categories, of times float64 ``[n_requests]``."""
-    return max(float(time[m].sum() / league.no_mtp_us[m].sum() - 1) for m in league.members.values())
 
 
 def held_out_counts(league: League, found: Search) -> list[np.ndarray]:

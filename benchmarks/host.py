@@ -6,8 +6,9 @@ python benchmarks/host.py MODEL.gguf [MODEL2.gguf ...]
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from time import perf_counter_ns
+
+from common import Clock
 
 from tracekit.engine import Engine, Request, Settings, lib
 from tracekit.model.prompt_sets import load
@@ -15,24 +16,6 @@ from tracekit.policy.rule import Policy
 from tracekit.policy.spec import parse
 
 POLICIES = parse("off,static:n_max=1,4,8,static:n_max=8,p_min=0.425")
-
-
-class Clock:
-    """Nanoseconds spent in the functions it times."""
-
-    def __init__(self):
-        self.ns = 0
-
-    def timing(self, call: Callable) -> Callable:
-        """``call``, timed."""
-
-        def timed(*arguments: object) -> object:
-            began = perf_counter_ns()
-            found = call(*arguments)
-            self.ns += perf_counter_ns() - began
-            return found
-
-        return timed
 
 
 def main() -> None:

@@ -16,7 +16,11 @@ def tune(
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="The policy file to write (TOML).")
     ] = None,
     max_slowdown: Annotated[
-        float, typer.Option("--max-slowdown", help="No prompt category may be slower than no MTP by more than this.")
+        float,
+        typer.Option(
+            "--max-slowdown",
+            help="No prompt category may be slower than no MTP by more than this, with 95 % confidence.",
+        ),
     ] = 0.02,
     space: Annotated[
         Path | None,

@@ -15,8 +15,8 @@ class _Strict(BaseModel):
 
 
 class Alternative(_Strict):
-    """Another policy on the same trace: tokens per second with a 95 % interval, and whether it kept within the
-    allowed slowdown.
+    """Another policy on the same trace: tokens per second with a 95 % interval, and whether every category kept within
+    the allowed slowdown by as many standard errors as the chosen one.
     """
 
     policy: str

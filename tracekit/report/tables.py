@@ -153,7 +153,9 @@ def evidence_table(found: PolicyFile) -> Table:
                 "yes" if other.safe else "no",
             ]
         )
-    return table(["policy", "tokens/s (95 %)", "x no MTP", f"slows no category by > {100 * e.max_slowdown:g} %"], rows)
+    return table(
+        ["policy", "tokens/s (95 %)", "x no MTP", f"slows no category by > {100 * e.max_slowdown:g} % (95 %)"], rows
+    )
 
 
 def verdict_table(verdict: Verdict, title: str | None = None) -> Table:

@@ -131,7 +131,7 @@ def _why_off(found: Search, gain: Interval) -> str:
     if found.refused is not None:
         policy, category, slowed = found.refused
         return (
-            f" {policy} is faster on these and slows no category of them by more than allowed, but choices like it "
+            f" {policy} is faster on these and seems to slow no category by more than allowed, but choices like it "
             f"slow {category} prompts that they were not made on by {100 * slowed:.1f} %: more of those would tell, or "
             "a larger --max-slowdown."
         )

@@ -70,6 +70,15 @@ def test_every_choice_is_the_fastest_safe_one(seed, max_slowdown):
         policy, category, slowed = found.refused
         assert (policy != rule("off")(), category in league.members, slowed > max_slowdown) == (True, True, True)
         assert times[found.policies.index(policy)].sum() < times[0].sum()
+    if found.doubted:
+        everything = np.ones(len(fold), bool)
+        policy, category, bound = found.doubted
+        of = times[found.policies.index(policy)]
+        assert (found.chosen, _is_safe(league, of, everything, max_slowdown, 0.0)) == (0, True)
+        assert of.sum() < times[0].sum()
+        assert bound > max(
+            max_slowdown, of[league.members[category]].sum() / times[0][league.members[category]].sum() - 1
+        )
 
 
 def test_off_says_what_it_was_chosen_instead_of():
@@ -80,6 +89,8 @@ def test_off_says_what_it_was_chosen_instead_of():
     said = _why_off(replace(nothing, chosen=1), Interval(1.1, 0.9, 1.3))
     assert "static:n_max=2" in said
     assert "1.10 x no MTP (0.90 to 1.30" in said
+    said = _why_off(replace(nothing, doubted=(static, "code", 0.031)), Interval(1.0, 1.0, 1.0))
+    assert "slows code prompts by up to 3.1 %" in said
     said = _why_off(replace(nothing, refused=(static, "prose", 0.054)), Interval(1.0, 1.0, 1.0))
     assert "slow prose prompts that they were not made on by 5.4 %" in said
 

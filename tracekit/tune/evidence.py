@@ -128,12 +128,19 @@ def _why_off(found: Search, gain: Interval) -> str:
             f" {found.policy} is faster on these, but choices like it are {gain.value:.2f} x no MTP ({gain.low:.2f} to "
             f"{gain.high:.2f}, 95 %) on requests that they were not made on: more prompts would tell."
         )
-    if found.refused is not None:
+    if found.refused is not None:  # measured on requests it had not seen, which says more than a doubt
         policy, category, slowed = found.refused
         return (
             f" {policy} is faster on these and seems to slow no category by more than allowed, but choices like it "
             f"slow {category} prompts that they were not made on by {100 * slowed:.1f} %: more of those would tell, or "
             "a larger --max-slowdown."
+        )
+    if found.doubted is not None:
+        policy, category, slowdown = found.doubted
+        return (
+            f" {policy} is faster on these, but they are too few, or too different, to exclude that it slows "
+            f"{category} prompts by up to {100 * slowdown:.1f} % (95 %): more of those would tell, or a larger "
+            "--max-slowdown."
         )
     return ""
 

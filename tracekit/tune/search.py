@@ -32,8 +32,9 @@ class Search:
     ``[n_policies]``: predicted microseconds of all requests.
 
     ``held_out``: the policy index chosen, for each request, without it. ``margin``: standard errors by which slowdowns
-    had to stay below what is allowed. ``refused``: what was chosen at first, and the category of held-out requests that
-    choices like it slowed by more than allowed, and by how much; None where they did not.
+    had to stay below what is allowed. Policies that were not chosen, each with a prompt category and its slowdown, or
+    None: ``refused``, chosen at first, when choices like it slowed that category of held-out requests by more than
+    allowed; ``doubted``, where ``off`` is chosen: faster, and by its means safe, but for the margin.
     """
 
     policies: list[Policy]
@@ -42,6 +43,7 @@ class Search:
     held_out: np.ndarray
     margin: float
     refused: tuple[Policy, str, float] | None = None
+    doubted: tuple[Policy, str, float] | None = None
 
     @property
     def policy(self) -> Policy:
@@ -83,16 +85,21 @@ def search(
         if fresh:
             policies = policies + fresh
             times.add(fresh, None)
-    refused = None
+    categories, refused, doubted = list(league.members), None, None
     for margin in _MARGINS:
         seen = [np.arange(folds) != k for k in range(folds)]
         best = np.array([times.ranked(of, max_slowdown, margin)[0] for of in seen])
         chosen = int(times.ranked(everything, max_slowdown, margin)[0])
         slowed = times.slowdowns(best)
         if chosen == 0 or slowed.max() <= max_slowdown:
-            return Search(policies, times.total_us, chosen, best[fold], margin, refused)
-        refused = refused or (policies[chosen], list(league.members)[slowed.argmax()], float(slowed.max()))
-    return Search(policies, times.total_us, 0, np.zeros(n, int), margin, refused)
+            break
+        refused = refused or (policies[chosen], categories[slowed.argmax()], float(slowed.max()))
+    else:
+        chosen, best = 0, np.zeros(folds, int)
+    if chosen == 0 and (by_mean := int(times.ranked(everything, max_slowdown, 0.0)[0])):
+        bounds = times.bounds(everything, margin)[by_mean]
+        doubted = policies[by_mean], categories[bounds.argmax()], float(bounds.max())
+    return Search(policies, times.total_us, chosen, best[fold], margin, refused, doubted)
 
 
 def safe(league: League, policies: Sequence[Policy], max_slowdown: float, margin: float) -> np.ndarray:
@@ -141,17 +148,22 @@ class _Times:
         """Of all requests: float64 ``[n_policies]``."""
         return self._sums.sum((1, 2))
 
-    def safe(self, seen: np.ndarray, allowed: float, margin: float) -> np.ndarray:
-        """Which policies keep every category of the requests in the ``seen`` folds a ``margin`` of standard errors
-        within ``allowed``: bool ``[n_policies]``. A single request of a category has no error that one could tell.
+    def bounds(self, seen: np.ndarray, margin: float) -> np.ndarray:
+        """Each category's slowdown against no MTP in the ``seen`` folds plus a ``margin`` of standard errors: float64
+        ``[n_policies, n_categories]``; -1 without requests. A single request has no error that one could tell.
         """
         times, squares, products = (of[:, :, seen].sum(2) for of in (self._sums, self._squares, self._products))
         n, no_mtp, no_mtp_squares = (of[:, seen].sum(1) for of in (self._n, self._no_mtp, self._no_mtp_squares))
-        there = n > 0
-        ratio = times[:, there] / no_mtp[there]
-        spread = squares[:, there] - 2 * ratio * products[:, there] + ratio**2 * no_mtp_squares[there]
-        error = np.sqrt(np.maximum(spread, 0) * n[there] / np.maximum(n[there] - 1, 1)) / no_mtp[there]
-        return (ratio - 1 + margin * error <= allowed + 1e-9).all(1)
+        no_mtp = np.maximum(no_mtp, 1e-9)
+        ratio = times / no_mtp
+        spread = np.maximum(squares - 2 * ratio * products + ratio**2 * no_mtp_squares, 0)
+        return ratio - 1 + margin * np.sqrt(spread * n / np.maximum(n - 1, 1)) / no_mtp
+
+    def safe(self, seen: np.ndarray, allowed: float, margin: float) -> np.ndarray:
+        """Which policies keep every category in the ``seen`` folds within ``allowed``, by the margin: bool
+        ``[n_policies]``.
+        """
+        return (self.bounds(seen, margin) <= allowed + 1e-9).all(1)
 
     def ranked(self, seen: np.ndarray, allowed: float, margin: float) -> np.ndarray:
         """Indices of the policies that are safe on the requests in the ``seen`` folds, fastest first; never empty."""

@@ -65,20 +65,18 @@ def test_every_choice_is_the_fastest_safe_one(seed, max_slowdown):
     if found.chosen:
         assert times[found.chosen].sum() == pytest.approx(best(np.ones(len(fold), bool)))
         unseen = times[found.held_out, np.arange(len(fold))]
-        assert max(unseen[m].sum() / league.no_mtp_us[m].sum() for m in league.members.values()) <= 1 + max_slowdown
+        worst = max(unseen[m].sum() / league.no_mtp_us[m].sum() for m in league.members.values())
+        assert worst <= 1 + max_slowdown + 1e-9
     if found.refused:
         policy, category, slowed = found.refused
         assert (policy != rule("off")(), category in league.members, slowed > max_slowdown) == (True, True, True)
         assert times[found.policies.index(policy)].sum() < times[0].sum()
     if found.doubted:
-        everything = np.ones(len(fold), bool)
         policy, category, bound = found.doubted
-        of = times[found.policies.index(policy)]
-        assert (found.chosen, _is_safe(league, of, everything, max_slowdown, 0.0)) == (0, True)
+        of, member = times[found.policies.index(policy)], league.members[category]
+        assert (found.chosen, _is_safe(league, of, np.ones(len(fold), bool), max_slowdown, 0.0)) == (0, True)
         assert of.sum() < times[0].sum()
-        assert bound > max(
-            max_slowdown, of[league.members[category]].sum() / times[0][league.members[category]].sum() - 1
-        )
+        assert bound > max(max_slowdown, of[member].sum() / times[0][member].sum() - 1)
 
 
 def test_off_says_what_it_was_chosen_instead_of():

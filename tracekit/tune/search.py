@@ -91,7 +91,7 @@ def search(
         best = np.array([times.ranked(of, max_slowdown, margin)[0] for of in seen])
         chosen = int(times.ranked(everything, max_slowdown, margin)[0])
         slowed = times.slowdowns(best)
-        if chosen == 0 or slowed.max() <= max_slowdown:
+        if chosen == 0 or slowed.max() <= max_slowdown + 1e-9:
             break
         refused = refused or (policies[chosen], categories[slowed.argmax()], float(slowed.max()))
     else:

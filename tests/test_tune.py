@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
@@ -42,6 +42,8 @@ def _is_safe(league: League, times: np.ndarray, seen: np.ndarray, max_slowdown: 
 
 @examples(max_examples=12)
 @given(st.integers(0, 10**6), st.sampled_from([0.0, 0.02, 0.3]))
+@example(25, 0.02)  # a policy is doubted
+@example(59, 0.0)  # and refused
 def test_every_choice_is_the_fastest_safe_one(seed, max_slowdown):
     """Of all requests, and of those outside each fold: no category slower than allowed, and nothing safe is faster.
     What the choices come to on requests they have not seen keeps within what was asked.

@@ -340,11 +340,11 @@ class Loop:
         """Hand the slots' shares to the observer; a probe's wait until their drafts can be judged."""
         step, probing, observer = self._n_step, self.probe is not None and self.mtp, self.observer
         for slot in generating:
-            ask, n, tokens = slot.ask, slot.n_emitted, slot.tokens
+            ask, tokens = slot.ask, slot.tokens
             if ask is NOT_ASKED and not probing:
                 observer.plain((slot.number, step, len(tokens) - slot.n_prompt - 1, tokens[-1]))
                 continue
-            drafts, (drafted, accepted) = ask.drafts, slot.rounds[-1]
+            n, drafts, (drafted, accepted) = slot.n_emitted, ask.drafts, slot.rounds[-1]
             row = (
                 slot.number, step, len(tokens) - slot.n_prompt - n, slot.n_asked, len(drafts), drafted, accepted,
                 accepted, slot.n_redecoded, ask.n_decodes, ask.stop, drafts, ask.probs, tokens[-n:],

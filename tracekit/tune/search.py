@@ -86,9 +86,9 @@ def search(
             policies = policies + fresh
             times.add(fresh, None)
     categories, refused, doubted = list(league.members), None, None
+    others = [np.arange(folds) != k for k in range(folds)]  # what the choice for each fold sees
     for margin in _MARGINS:
-        seen = [np.arange(folds) != k for k in range(folds)]
-        best = np.array([times.ranked(of, max_slowdown, margin)[0] for of in seen])
+        best = np.array([times.ranked(seen, max_slowdown, margin)[0] for seen in others])
         chosen = int(times.ranked(everything, max_slowdown, margin)[0])
         slowed = times.slowdowns(best)
         if chosen == 0 or slowed.max() <= max_slowdown + 1e-9:

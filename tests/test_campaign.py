@@ -51,7 +51,9 @@ def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess:
 
 
 def test_a_campaign_goes_on_where_it_stopped(tmp_path):
-    """Without time nothing begins; the same command then does it all, a third time nothing; another plan is refused."""
+    """Without time nothing begins; the same command then does it all, a third time nothing; cut short it tells of the
+    studies that are done; another plan is refused.
+    """
     folder, models = tmp_path / "out", tmp_path / "models"
     options = ["-o", folder, "--models", models]
     assert "goes on" in run("smoke", *options, "--minutes", 1e-9, code=3).stderr
@@ -76,6 +78,12 @@ def test_a_campaign_goes_on_where_it_stopped(tmp_path):
     before = {p: p.stat().st_mtime_ns for p in folder.glob("*.duckdb")}
     run("smoke", *options)
     assert before == {p: p.stat().st_mtime_ns for p in folder.glob("*.duckdb")}
+
+    (folder / "tiny-misaligned.json").unlink()
+    cut_short = run("smoke", *options, "--minutes", 1e-9, code=3)
+    assert cut_short.stdout.strip() == (folder / "tables.txt").read_text().strip()
+    assert "tiny-aligned" in cut_short.stdout
+    assert "tiny-misaligned" not in cut_short.stdout
     assert "not of a campaign with this plan" in run("cuda", *options, code=2).stderr
 
 

@@ -1,8 +1,8 @@
 """Everything one wants from a machine that is there for an hour: a campaign, in stages that go on where they stopped.
 
-For every size of the reference model in the plan: build it on this machine, check where it lies, study it with its
-own drafter, on one slot and over several, calibrate the cost surface, record live traces at several slots and contexts,
-and study it with a drafter that is never right (a sidecar, so that the trunk is not written twice). What is worth
+Every size of the reference model in the plan is built on this machine, checked for where it lies, and studied with its
+own drafter, then with one that is never right (a sidecar, so that the trunk is not written twice), then over several
+slots; then the cost surface is calibrated, and live traces are recorded at several slots and contexts. What is worth
 keeping is one small folder; the models lie elsewhere and can be made again from a seed.
 """
 
@@ -13,6 +13,7 @@ import os
 import re
 import time
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -156,20 +157,23 @@ class Campaign:
             made.mkdir(parents=True, exist_ok=True)
         path.write_text(text, "utf-8")
 
-    def run(self) -> list[Finding]:
-        """Every stage that is missing, the most telling first. Raises :class:`Pause` before one that would begin after
-        the time given.
+    def run(self) -> Iterator[Finding]:
+        """Every stage that is missing, the most telling first, so that a campaign cut short still has a result of every
+        size; yields what each study came to. Raises :class:`Pause` before a stage that would begin after the time
+        given.
         """
-        findings = []
-        for size in self.plan.sizes:
-            aligned, sidecar = self._build(size)
-            self._check(size, aligned)
-            findings += [self._study(size, "aligned", aligned, None, slots) for slots in (1, *self.plan.parallel)]
-            self._calibrate(size, aligned)
-            for live in self.plan.live:
-                self._record(size, live, aligned, sidecar if live.head == "misaligned" else None)
-            findings.append(self._study(size, "misaligned", aligned, sidecar))
-        return findings
+        plan = self.plan
+        for head in ("aligned", "misaligned"):
+            for size in plan.sizes:
+                yield self._study(size, head)
+        for slots in plan.parallel:
+            for size in plan.sizes:
+                yield self._study(size, "aligned", slots)
+        for size in plan.sizes:
+            self._calibrate(size)
+        for live in plan.live:
+            for size in plan.sizes:
+                self._record(size, live)
 
     @property
     def files(self) -> list[Path]:
@@ -185,8 +189,10 @@ class Campaign:
         base = Settings(n_max=self.plan.n_max, threads=self.threads, gpu_layers=self.gpu_layers, **exact)
         return replace(base, **changes)
 
-    def _build(self, size: Size) -> tuple[Path, Path]:
-        """The expanded model and the misaligned sidecar, built where they are missing."""
+    def _ready(self, size: Size, head: str) -> tuple[Path, Path | None]:
+        """The expanded model and the draft file of ``head``, built where they are missing, and known to lie where they
+        should.
+        """
         seed = f"-seed-{self.plan.seed}" if self.plan.seed else ""
         stem = f"reference-{size.width}x{size.layers}-{size.type}{seed}"
         model, sidecar = self.models / f"{stem}.gguf", self.models / f"{stem}-misaligned-sidecar.gguf"
@@ -199,7 +205,8 @@ class Campaign:
                         path, size.layers, size.width, drafter_alone, drafter_alone, size.type, self.plan.seed,
                         progress=update,
                     )  # fmt: skip  # what is built, then how
-        return model, sidecar
+        self._check(size, model)
+        return model, sidecar if head == "misaligned" else None
 
     def _check(self, size: Size, model: Path) -> None:
         """Note where the model lies in ``environment.json``; refuse to go on where it should be on a GPU and is not."""
@@ -217,19 +224,20 @@ class Campaign:
             partial.write_text(json.dumps(known, indent=2) + "\n")
             os.replace(partial, path)
 
-    def _study(self, size: Size, head: str, model: Path, sidecar: Path | None, slots: int = 1) -> Finding:
+    def _study(self, size: Size, head: str, slots: int = 1) -> Finding:
         name = f"{size.name}-{head}" + (f"-{slots}-slots" if slots > 1 else "")
         settings = self._settings(size, n_slots=slots, kv_unified=slots > 1)
-        study = Study(self.folder, name, model, sidecar, settings, self.plan.workload(slots))
+        study = Study(self.folder, name, *self._ready(size, head), settings, self.plan.workload(slots))
         finding = conduct(study, self.tell, self._may_go_on)
         self._weigh(self.folder / f"{study.name}.duckdb")
         return finding
 
-    def _calibrate(self, size: Size, model: Path) -> None:
+    def _calibrate(self, size: Size) -> None:
         path = self.folder / f"{size.name}-calibration.duckdb"
         if complete(path):
             return
         self._may_go_on()
+        model, _ = self._ready(size, "aligned")
         plan = surface.Plan(**self.plan.calibrate.model_dump())
         self.tell.say(
             f"[{size.name}] calibrating: slots {plan.slots}, contexts {plan.contexts}, up to {plan.n_max} drafts"
@@ -241,11 +249,12 @@ class Campaign:
             surface.calibrate(engine, sweep, plan, progress=update)
         self._weigh(path)
 
-    def _record(self, size: Size, live: Live, model: Path, sidecar: Path | None) -> None:
+    def _record(self, size: Size, live: Live) -> None:
         path = self.folder / f"{size.name}-{live.name}.duckdb"
         if complete(path):
             return
         self._may_go_on()
+        model, sidecar = self._ready(size, live.head)
         self.tell.say(f"[{size.name}] recording live: {live.policy}, {live.slots} slots, context {live.context}")
         settings = self._settings(size, n_slots=live.slots, n_ctx=live.context)
         made = model, parse_one(live.policy), settings, sidecar

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tracekit.cli import options, out
+
+if TYPE_CHECKING:
+    from tracekit.study import Finding
 
 AGAIN = 3  # exit code: the time given is up, the same command goes on
 
@@ -46,24 +49,33 @@ def campaign(
         under_way.open(text, force)
     except OSError as error:
         raise TracekitError(f"{error.filename}: {error.strerror}; choose other folders with -o and --models") from None
+    findings, paused = [], False
     try:
-        findings = under_way.run()
+        for finding in under_way.run():
+            findings.append(finding)
+            if not json:
+                out.print_finding(finding, finding.name)
     except Pause:
+        paused = True
+    if findings:
+        _sum_up(findings, output)
+    if json:
+        out.print_json([out.finding_json(finding) for finding in findings])
+    for path in under_way.files:
+        out.wrote(path)
+    if paused:
         out.say(f"{minutes:g} minutes are over; the same command goes on with the next stage")
-        raise typer.Exit(AGAIN) from None
+        raise typer.Exit(AGAIN)
 
+
+def _sum_up(findings: list[Finding], folder: Path) -> None:
+    """Write the tables of all ``findings`` and a picture of them into ``folder``."""
     import polars as pl
 
     from tracekit.report import pictures
 
-    with (output / "tables.txt").open("w", encoding="utf-8") as file:
+    with (folder / "tables.txt").open("w", encoding="utf-8") as file:
         for finding in findings:
             out.print_finding(finding, finding.name, file)
-            if not json:
-                out.print_finding(finding, finding.name)
-    if json:
-        out.print_json([out.finding_json(finding) for finding in findings])
     frame = pl.concat([f.verdict.arms.select(pl.lit(f.name).alias("head"), pl.all()) for f in findings])
-    pictures.save(pictures.verdict_chart(frame), output / "verdict.png")
-    for path in under_way.files:
-        out.wrote(path)
+    pictures.save(pictures.verdict_chart(frame), folder / "verdict.png")

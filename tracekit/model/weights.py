@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -154,10 +156,10 @@ def write(
         out.write_header_to_file()
         out.write_kv_data_to_file()
         out.write_ti_data_to_file()
-        for done, (name, tensor) in enumerate(w.tensors.items()):
-            out.write_tensor_data(np.ascontiguousarray(tensor.make(), types[name]))
+        for done, values in enumerate(_made_ahead(w.tensors, types), 1):
+            out.write_tensor_data(values)
             if progress:
-                progress(done + 1, len(w.tensors))
+                progress(done, len(w.tensors))
         out.close()
         os.replace(partial, path)
     except OSError as error:
@@ -165,3 +167,25 @@ def write(
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def _made_ahead(tensors: Mapping[str, Tensor], types: Mapping[str, np.dtype]) -> Iterator[np.ndarray]:
+    """The values of ``tensors`` as ``types``, in order, made by all processors while earlier ones are written; no more
+    at once than there are processors, and eight.
+    """
+
+    def make(name: str) -> np.ndarray:
+        return np.ascontiguousarray(tensors[name].make(), types[name])
+
+    n_ahead = min(os.cpu_count() or 1, 8)
+    with ThreadPoolExecutor(n_ahead) as pool:
+        waiting = deque()
+        try:
+            for name in tensors:
+                if len(waiting) == n_ahead:
+                    yield waiting.popleft().result()
+                waiting.append(pool.submit(make, name))
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -38,6 +38,8 @@ void walk(int policy, int64_t n_max, double min_ratio, int zero_trip, int64_t re
         int64_t *counts = out + r * n_counts, g = 1, behind = n_max ? 1 : n_prompt[r] + 1, before = 0;
         int64_t accepted = 0, emitted = 0, trips = 0, inexact = 0, kv_all = 0, kv_drafted = 0, lc = 0, lr = 0;
         int64_t reshapes = 0, draft_reshapes = 0, drafted_before = -1, rows_before = 0, plain = 0;
+        int64_t captures = 0, draft_captures = 0;
+        bool fresh = false, draft_fresh = false;
         int64_t room = MIN(n_ctx[r] - n_prompt[r] - 1, max_tokens[r] - 1);
         bool tripped = false, judged = false;
         while (g < n_generated[r]) {
@@ -50,14 +52,19 @@ void walk(int policy, int64_t n_max, double min_ratio, int zero_trip, int64_t re
                 accepted = MIN(drafted, (int64_t) match[p]);
                 inexact += drafted > known[p];
                 if (behind < widths) counts[behind + SCALARS + widths]++; else { lc++; lr += behind; }
-                draft_reshapes += (behind != rows_before) + (n > 1 && behind != 1);
+                bool other = behind != rows_before;
+                draft_reshapes += other + (n > 1 && behind != 1);
+                draft_captures += (draft_fresh && !other) + (n > 1 && (behind == 1 ? other : n > 2));
+                draft_fresh = n > 1 ? behind != 1 && n == 2 : other;
                 rows_before = n == 1 ? behind : 1;
                 behind = 0;
             } else if (asked == 0 && before > 0) trips++;
             before = asked;
             emitted = MIN(accepted + 1, n_generated[r] - g);
             counts[SCALARS + 1 + drafted]++;
-            reshapes += drafted != drafted_before;
+            captures += fresh && drafted == drafted_before;
+            fresh = drafted != drafted_before;
+            reshapes += fresh;
             drafted_before = drafted;
             int64_t kv = (past + 1 + drafted + 255) & -256;
             kv_all += kv;
@@ -82,7 +89,8 @@ void walk(int policy, int64_t n_max, double min_ratio, int zero_trip, int64_t re
         int64_t s[SCALARS] = {steps, steps - counts[SCALARS + 1], drafted,
                               n_generated[r] - 1 - steps + accepted + 1 - emitted, n_generated[r] - 1, rounds, drafted,
                               trips, inexact, kv_all, kv_all + kv_drafted, kv_drafted, lc, lr,
-                              n_max > 0, n_max ? n_prompt[r] : 0, reshapes, draft_reshapes, 0};
+                              n_max > 0, n_max ? n_prompt[r] : 0, reshapes, draft_reshapes, 0, 0,
+                              captures, draft_captures};
         for (int i = 0; i < SCALARS; i++) counts[i] = s[i];
     }
 }

@@ -119,7 +119,7 @@ def test_compiled_equals_interpreted_in_lockstep(seed, n_slots, unified, tail):
 def test_passes_over_the_weights(rows, unified, tail, passes):
     """A batch is split into passes as llama.cpp splits it: by hand from src/llama-batch.cpp."""
     counts = np.zeros(lockstep.N_COUNTS)
-    lockstep.book_target(counts, np.array(rows), np.zeros(4, int), 0, 0, 64, unified, tail, True, -1)
+    lockstep.book_target(counts, np.array(rows), np.zeros(4, int), 0, 0, 64, unified, tail, True, lockstep.NOTHING)
     assert counts[lockstep.BATCHES] == len(passes)
     assert counts[lockstep.ROWS_MTP] == counts[lockstep.OUTPUTS] == sum(n for n, _ in passes)
     assert counts[lockstep.KV] == 256 * sum(memories for _, memories in passes)
@@ -157,7 +157,7 @@ def test_passes_are_those_that_llama_cpp_makes(several, model, monkeypatch, mtp)
     for rows, passes in found:
         taken.clear()
         counts, past = np.zeros(lockstep.N_COUNTS), np.zeros(chosen.n_slots, int)
-        lockstep.book_target(counts, np.array(rows), past, 0, 0, 512, chosen.kv_unified, tail, mtp, -1)
+        lockstep.book_target(counts, np.array(rows), past, 0, 0, 512, chosen.kv_unified, tail, mtp, lockstep.NOTHING)
         assert taken == passes, rows
     assert mtp == any(len({*rows} - {0}) > 1 for rows, _ in found)
 

@@ -50,7 +50,8 @@ def clairvoyant_us(positions: Positions, cost: CostModel) -> np.ndarray:
         prices[kernel.STEPS] + prices[kernel.TOKENS] + width[1] + prices[kernel.OVER] + prices[kernel.BARE]
     )
     kv = kernel.n_kv_sum(p.n_prompt + steps) - kernel.n_kv_sum(p.n_prompt)
-    plain = plain + prices[kernel.RESHAPES] + kv * (prices[kernel.KV] + prices[kernel.KV_WIDTH])
+    plain = plain + prices[kernel.RESHAPES] + (steps > 1) * prices[kernel.CAPTURES]
+    plain = plain + kv * (prices[kernel.KV] + prices[kernel.KV_WIDTH])
     return np.minimum(out, plain)
 
 

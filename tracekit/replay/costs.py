@@ -4,7 +4,8 @@
 
     step = host + draft(decodes, rows caught up) + target(batch width) + sampling(tokens)
 
-Each decode is dearer with more context, one of another shape than the one before costs a new graph, and the target's is
+Each decode is dearer with more context; one of another shape than the one before costs a new graph, and the next of
+that shape what CUDA takes to capture it; the target's is
 dearer after drafts, the more so the more of them: the caches are the drafter's then. Every part is
 fitted to its own measured times: a robust mean per batch width and per number of rows, made monotone (isotonic
 regression) unless it is measured not to be, over slopes in context. Baselines stay apart: *no MTP* (hidden states not
@@ -121,10 +122,12 @@ class _Steps:
     kv: np.ndarray  # cells that attention read
     width: np.ndarray
     width_before: np.ndarray  # of the target decode before
+    new_before: np.ndarray  # whether that was of another width than the one before it
     emitted: np.ndarray
     decodes: np.ndarray
     rows: np.ndarray  # of the first MTP decode
     rows_before: np.ndarray  # of the MTP decode before that
+    draft_new_before: np.ndarray  # whether that was of another shape than the one before it
     target: np.ndarray
     first: np.ndarray
     draft: np.ndarray
@@ -143,19 +146,29 @@ class _Steps:
             )
         alone = "calibrate with 1 among --slots" if calibration else "record with --parallel 1"
         frame = trace.frame(
-            """WITH mtp AS (
-                   SELECT run, step, lag(CASE WHEN n_draft_decodes = 1 THEN n_catchup WHEN n_draft_decodes > 1 THEN 1
-                                              ELSE n_ahead END) OVER (PARTITION BY run ORDER BY step) AS rows_before
+            """WITH drafted AS (
+                   SELECT run, step, n_draft_decodes AS n, CASE WHEN n_draft_decodes > 0 THEN n_catchup ELSE n_ahead END
+                          AS rows, lag(CASE WHEN n > 1 THEN 1 ELSE rows END) OVER (PARTITION BY run ORDER BY step)
+                          AS rows_before
                    FROM steps WHERE n_draft_decodes > 0 OR n_ahead > 0),
+               mtp AS (
+                   SELECT run, step, rows_before,
+                          lag(CASE WHEN n > 1 THEN n = 2 AND rows <> 1 ELSE rows IS DISTINCT FROM rows_before END)
+                          OVER (PARTITION BY run ORDER BY step) AS draft_new_before
+                   FROM drafted),
                blocks AS (
                    SELECT run, request, count(*) FILTER (WHERE new) OVER (ORDER BY run, request) - 1 AS block
                    FROM (SELECT *, prompt_id = '' OR prompt_id IS DISTINCT FROM
                                    lag(prompt_id) OVER (PARTITION BY run ORDER BY request) AS new FROM requests)),
-               target AS (SELECT *, lag(n_tokens) OVER (PARTITION BY run ORDER BY step) AS width_before FROM steps)
+               target AS (
+                   SELECT *, lag(n_tokens) OVER before AS width_before, lag(n_tokens, 2) OVER before AS width_earlier
+                   FROM steps WINDOW before AS (PARTITION BY run ORDER BY step))
                SELECT block, mtp, n_past,
                       NOT mtp AND arm <> 'no_mtp' AND settings->>'memory' = 'snapshot' AS loaded,
-                      n_tokens AS width, coalesce(width_before, 0) AS width_before, len(v.tokens) AS emitted,
+                      n_tokens AS width, coalesce(width_before, 0) AS width_before,
+                      width_before IS DISTINCT FROM width_earlier AS new_before, len(v.tokens) AS emitted,
                       n_draft_decodes AS decodes, n_catchup AS rows, coalesce(rows_before, 0) AS rows_before,
+                      coalesce(draft_new_before, true) AS draft_new_before,
                       target_us AS target, first_draft_us AS first, draft_us AS draft, catchup_us AS catchup,
                       sample_us AS sample, wall_us AS wall
                FROM target s JOIN verifications v USING (run, step) JOIN runs USING (run)
@@ -223,6 +236,23 @@ class _Steps:
         """Whether the target's batch had another width than the one before."""
         return (self.width != self.width_before).astype(float)
 
+    @property
+    def captures(self) -> np.ndarray:
+        """Whether it had the width of the one before, which was new."""
+        return ((self.width == self.width_before) & (self.new_before == 1)).astype(float)
+
+    @property
+    def draft_reshapes(self) -> tuple[np.ndarray, np.ndarray]:
+        """How many MTP decodes were of another shape than the one before: of the first, and of the others."""
+        return (self.rows != self.rows_before).astype(float), ((self.decodes > 1) & (self.rows != 1)).astype(float)
+
+    @property
+    def draft_captures(self) -> tuple[np.ndarray, np.ndarray]:
+        """How many had the shape of the one before, which was new: of the first, and of the others."""
+        other = self.rows != self.rows_before
+        later = np.where(self.rows == 1, other & (self.decodes > 1), self.decodes > 2)
+        return (~other & (self.draft_new_before == 1)).astype(float), later.astype(float)
+
     def prices(self, n_max: int, otherwise: np.ndarray | None = None) -> np.ndarray:
         """Prices of all counts; what these steps do not measure is taken from ``otherwise``, or refused without it."""
         prices, on = np.zeros(kernel.n_counts(n_max)), self.take(self.mtp == 1)
@@ -244,15 +274,19 @@ class _Steps:
         """What these steps, plain ones, take without context; None where there are none."""
         per_kv = prices[kernel.KV] + prices[kernel.KV_WIDTH]
         time = self.wall - per_kv * self.kv - prices[kernel.RESHAPES] * self.reshapes
+        time = time - prices[kernel.CAPTURES] * self.captures
         return robust_mean(time) if len(time) else None
 
     def _price_target(self, prices: np.ndarray, n_max: int, before: np.ndarray | None) -> tuple[float, float]:
         """Prices the target's decodes; returns what it takes more after drafts, once and for each decode of them."""
         widths = _layout(n_max)[0]
         steps = self.take(self.width_before <= n_max + 1)  # the first after a prompt is dearer still
-        beside = np.column_stack((steps.reshapes, steps.decodes > 0, steps.decodes, steps.kv, steps.kv * steps.width))
-        reshape, after, each = within(beside, steps.target, steps.width)[:3]
-        time = self.target - reshape * self.reshapes - after * (self.decodes > 0) - each * self.decodes
+        shapes, cells = (steps.reshapes, steps.captures), (steps.kv, steps.kv * steps.width)
+        beside = np.column_stack((*shapes, steps.decodes > 0, steps.decodes, *cells))
+        reshape, capture, after, each = within(beside, steps.target, steps.width)[:4]
+        time = self.target - reshape * self.reshapes - capture * self.captures
+        time = time - after * (self.decodes > 0) - each * self.decodes
+        prices[kernel.CAPTURES] = capture
         level, slope = slopes(self.kv, time, self.width)
         prices[kernel.RESHAPES], prices[kernel.KV], prices[kernel.KV_WIDTH] = reshape, level, slope
         time = time - self.kv * (level + slope * self.width)
@@ -264,21 +298,36 @@ class _Steps:
         rounds, catchups = self.take(self.decodes > 0), _layout(n_max)[1]
         if not len(rounds.wall):
             if before is not None:
-                for price in (catchups, kernel.DRAFT_RESHAPES, kernel.KV_DRAFT, kernel.DRAFT_DECODES):
+                for price in (catchups, kernel.DRAFT_RESHAPES, kernel.DRAFT_CAPTURES, kernel.KV_DRAFT, kernel.DRAFT_DECODES):
                     prices[price] = before[price]
             return
         more = rounds.take(rounds.decodes > 1)
-        changed = (rounds.rows != rounds.rows_before).astype(float)
-        reshape = step_up(rounds.first, changed, rounds.rows)
+        reshape, capture = rounds._draft_shapes_us()
+        changed, captured = rounds.draft_reshapes[0], rounds.draft_captures[0]
         per_kv = slopes(rounds.kv, rounds.first, rounds.rows)[0]
-        prices[kernel.DRAFT_RESHAPES], prices[kernel.KV_DRAFT] = reshape, per_kv
+        prices[kernel.DRAFT_RESHAPES], prices[kernel.DRAFT_CAPTURES] = reshape, capture
+        prices[kernel.KV_DRAFT] = per_kv
         if len(more.wall):
-            time = (more.draft - more.first - reshape * (more.rows != 1)) / (more.decodes - 1)
+            beside = reshape * more.draft_reshapes[1] + capture * more.draft_captures[1]
+            time = (more.draft - more.first - beside) / (more.decodes - 1)
             prices[kernel.DRAFT_DECODES] = robust_mean(time - per_kv * more.kv)
         known = None if before is None else before[catchups] + before[kernel.DRAFT_DECODES] - each
-        time = rounds.first - per_kv * rounds.kv - reshape * changed
+        time = rounds.first - per_kv * rounds.kv - reshape * changed - capture * captured
         prices[catchups] = self._cells(time, rounds.rows, n_max, known, "catch-ups of rows", self.prompt_line)
         prices[catchups] -= prices[kernel.DRAFT_DECODES]
+
+    def _draft_shapes_us(self) -> tuple[float, float]:
+        """What an MTP decode of another shape takes more, and the next of that shape: from the first of each round
+        among rounds of equal rows, and from the mean of the others among rounds of as many.
+        """
+        more = self.take(self.decodes > 1)
+        n = more.decodes - 1
+        flags = (self.draft_reshapes, self.draft_captures), (more.draft_reshapes, more.draft_captures)
+        firsts, others = ([flag[i] for flag in of] for i, of in enumerate(flags))
+        x = np.vstack((np.column_stack((*firsts, self.kv)), np.column_stack((*(f / n for f in others), more.kv))))
+        y = np.concatenate((self.first, (more.draft - more.first) / n))
+        reshape, capture, _ = within(x, y, np.concatenate((self.rows, -n)))
+        return reshape, capture
 
     def _price_host(self, prices: np.ndarray) -> None:
         drafting = self.decodes > 0
@@ -322,12 +371,13 @@ class _Steps:
         width, rows = self.width.astype(int), self.rows.astype(int)
         time = prices[kernel.STEPS] + prices[kernel.TOKENS] * self.emitted + prices[kernel.KV] * self.kv
         time += prices[kernel.KV_WIDTH] * self.kv * self.width + prices[kernel.RESHAPES] * self.reshapes
+        time += prices[kernel.CAPTURES] * self.captures
         time += prices[widths][width]
         drafting = prices[catchups][rows] + self.decodes * (
             prices[kernel.DRAFT_DECODES] + prices[kernel.KV_DRAFT] * self.kv
         )
-        changed = (rows != self.rows_before) + ((self.decodes > 1) & (rows != 1))
-        drafting += prices[kernel.DRAFT_ROUNDS] + prices[kernel.DRAFT_RESHAPES] * changed
+        drafting += prices[kernel.DRAFT_ROUNDS] + prices[kernel.DRAFT_RESHAPES] * sum(self.draft_reshapes)
+        drafting += prices[kernel.DRAFT_CAPTURES] * sum(self.draft_captures)
         off = prices[kernel.OVER] + prices[kernel.BARE] * (self.loaded == 0)
         return time + np.where(self.decodes > 0, drafting, 0.0) + np.where(self.mtp == 0, off, 0.0)
 

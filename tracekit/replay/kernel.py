@@ -34,7 +34,9 @@ RESHAPES = 16  # target decodes of another width than the one before: llama.cpp 
 DRAFT_RESHAPES = 17  # the same for the MTP context
 OVER = 18  # steps after the policy's NEVER: no hidden states are copied out any more
 BARE = 19  # of these, without MTP even loaded: no walk's, but the baseline's
-N_SCALARS = 20
+CAPTURES = 20  # target decodes of the shape of the one before, which was new: CUDA captures the graph it then repeats
+DRAFT_CAPTURES = 21  # the same for the MTP context (source: ggml-cuda.cu, ggml_backend_cuda_graph_compute)
+N_SCALARS = 22
 KV_BLOCK = 256  # cells are read in whole blocks: llama.cpp, src/llama-kv-cache.cpp, get_n_kv
 
 
@@ -82,10 +84,12 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
     resting = True  # the policy wanted no drafts the last time it was asked
     drafted_before = -1  # of the target's last decode, and rows of the MTP context's; a prompt's, never equal
     rows_before = 0
+    draft_new = steady = False  # whether that was another shape than the one before; whether it was one row again
     room = min(n_ctx - n_prompt - 1, max_tokens - 1)  # tokens generated before drafts stop fitting
     accepted = emitted = trips = inexact = stopped = kv_stopped = 0
-    kv_run = 0  # cells since the batch width last changed
-    kv_all = kv_drafted = long_catchups = long_rows = reshapes = draft_reshapes = 0
+    kv_run = kv_new = 0  # cells since the batch width last changed, and of the first step since: fewer, if more came
+    kv_all = kv_drafted = long_catchups = long_rows = 0
+    reshapes = captures = draft_reshapes = draft_captures = wide = 0
     match, known = match[first : first + n_generated - 1], known[first : first + n_generated - 1]
     while generated < n_generated:
         past = n_prompt + generated - 1
@@ -118,13 +122,22 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
             else:
                 long_catchups += 1
                 long_rows += behind
-            if n > 1 and drafted > 0:  # more decodes follow, of one row each
-                draft_reshapes += behind != rows_before
-                draft_reshapes += behind != 1
-                rows_before = 1
+            more = n > 2 and drafted > 1  # at least two decodes of one row each follow; nearly always
+            if steady and more:
+                wide += behind != 1
             else:
-                draft_reshapes += behind != rows_before
+                other = behind != rows_before
+                draft_reshapes += other
+                draft_captures += draft_new & (not other)
+                draft_new = other
                 rows_before = behind
+                steady = False
+                if n > 1 and drafted > 0:
+                    draft_reshapes += behind != 1
+                    draft_captures += other if behind == 1 else more
+                    draft_new = behind != 1 and not more
+                    rows_before = 1
+                    steady = not draft_new
             behind = 0
             resting = False
         elif asked > 0:
@@ -136,9 +149,11 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
         counts[np.uint64(width_at + 1 + drafted)] += 1
         if drafted != drafted_before:
             reshapes += 1
+            captures += kv_run != kv_new
             kv_drafted += kv_run * drafted_before
             kv_all += kv_run
             kv_run = 0
+            kv_new = n_kv(past + 1 + drafted)
             drafted_before = drafted
         kv_run += n_kv(past + 1 + drafted)
         state = learn(params, state, now, Outcome(asked, drafted, accepted, emitted))
@@ -149,7 +164,11 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
     over = n_generated - generated
     if over > 0:  # plain steps to the end
         trips += not resting
-        reshapes += drafted_before != 0
+        if drafted_before != 0:
+            reshapes += 1
+            captures += over > 1
+        else:
+            captures += kv_run == kv_new
         kv_all += n_kv_sum(n_prompt + n_generated - 1) - n_kv_sum(n_prompt + generated - 1)
         counts[width_at + 1] += over
         accepted = 0
@@ -174,8 +193,10 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
     counts[LONG_CATCHUPS] = long_catchups
     counts[LONG_CATCHUP_ROWS] = long_rows
     counts[RESHAPES] = reshapes
-    counts[DRAFT_RESHAPES] = draft_reshapes
+    counts[DRAFT_RESHAPES] = draft_reshapes + 2 * wide
     counts[OVER] = over
+    counts[CAPTURES] = captures + (kv_run != kv_new)
+    counts[DRAFT_CAPTURES] = draft_captures + wide
     return state
 
 

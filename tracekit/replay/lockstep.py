@@ -30,23 +30,26 @@ BATCHES_LOADED = HOST + 10  # passes without hidden states, but with snapshots o
 ROWS_LOADED = HOST + 11
 OUTPUTS = HOST + 12  # rows whose logits were wanted
 RESHAPES = HOST + 13  # passes of another shape than the one before: llama.cpp builds its graph again
-KV = HOST + 14  # cells that attention reads, summed over passes
-KV_ROWS = HOST + 15  # the same times the rows that read them
-DRAFT_FIRSTS = HOST + 16  # steps whose drafting began: the batch is put together
-DRAFT_DECODES = HOST + 17  # of the MTP context
-DRAFT_OUTPUTS = HOST + 18
-DRAFT_PROBS = HOST + 19  # of these outputs, with the draft's probability measured
-DRAFT_RESHAPES = HOST + 20
-KV_DRAFT = HOST + 21
-AHEADS = HOST + 22  # prompts caught up as they were read
-AHEAD_ROWS = HOST + 23
-ROWS = HOST + 24  # stretches of target rows
+CAPTURES = HOST + 14  # passes of the shape of the one before, which was new: CUDA captures the graph
+KV = HOST + 15  # cells that attention reads, summed over passes
+KV_ROWS = HOST + 16  # the same times the rows that read them
+DRAFT_FIRSTS = HOST + 17  # steps whose drafting began: the batch is put together
+DRAFT_DECODES = HOST + 18  # of the MTP context
+DRAFT_OUTPUTS = HOST + 19
+DRAFT_PROBS = HOST + 20  # of these outputs, with the draft's probability measured
+DRAFT_RESHAPES = HOST + 21
+DRAFT_CAPTURES = HOST + 22
+KV_DRAFT = HOST + 23
+AHEADS = HOST + 24  # prompts caught up as they were read
+AHEAD_ROWS = HOST + 25
+ROWS = HOST + 26  # stretches of target rows
 KNOTS = np.array([*range(8), *range(8, 16, 2), *range(16, 32, 4), *range(32, 64, 8), 64, 80, 96, 128, 160, 192, 256])
 N_KNOTS = len(KNOTS)
 DRAFT_ROWS = ROWS + N_KNOTS  # stretches of MTP rows
 N_COUNTS = DRAFT_ROWS + N_KNOTS
 
 FREE = -1
+NOTHING = (-1, False)  # the shape of a decode, and whether the one before had another; here: of none
 
 
 def params_of(row):
@@ -64,17 +67,21 @@ def stretch(counts, at, rows):
 
 
 def book_pass(counts, rows, seqs, cells, shape, before, mtp, loaded):
-    """One pass of the target over ``rows`` rows of ``seqs`` sequences with ``cells`` cells each; its shape."""
+    """One pass of the target over ``rows`` rows of ``seqs`` sequences with ``cells`` cells each, after ``before``; its
+    shape, and whether that is new.
+    """
     counts[BATCHES] += 1
     counts[BATCHES_MTP] += mtp
     counts[ROWS_MTP] += rows * mtp
     counts[BATCHES_LOADED] += loaded
     counts[ROWS_LOADED] += rows * loaded
-    counts[RESHAPES] += shape != before
+    new = shape != before[0]
+    counts[RESHAPES] += new
+    counts[CAPTURES] += before[1] and not new
     counts[KV] += cells * seqs
     counts[KV_ROWS] += cells * rows
     stretch(counts, ROWS, rows)
-    return shape
+    return shape, new
 
 
 def next_pass(left, n_ubatch, apart, tail):
@@ -104,7 +111,7 @@ def next_pass(left, n_ubatch, apart, tail):
 
 
 def book_target(counts, rows, past, n_prompt, n_read, n_ubatch, unified, tail, mtp, before):
-    """The target's part of one step; returns the shape of its last pass, ``before`` being that of the last one.
+    """The target's part of one step, ``before`` being the last pass of the one before; returns its own last.
 
     ``rows`` int64 ``[n_slots]``: of each slot that generates, 0 elsewhere; ``past``: tokens it has in memory.
     ``n_prompt``: rows of prompts, ``n_read``: those read before. In one memory of attention only (``unified``, ``tail``
@@ -146,7 +153,8 @@ def book_target(counts, rows, past, n_prompt, n_read, n_ubatch, unified, tail, m
 
 
 def book_drafts(counts, decodes, probed, n_rows, n_tokens, before):
-    """The drafter's part of one step; returns the rows of its last decode, ``before`` being those of the last one.
+    """The drafter's part of one step; returns the rows of its last decode, and whether the one before had others;
+    ``before``: the same of the last decode of an earlier step.
 
     ``decodes`` int64 ``[n_slots]``: how many each slot took part in; ``probed``: whether it measured probabilities;
     ``n_rows``: of the first of them, caught up rows included; ``n_tokens``: in memory, over the slots that generate.
@@ -169,20 +177,22 @@ def book_drafts(counts, decodes, probed, n_rows, n_tokens, before):
         size = n_rows if j == 0 else going
         counts[DRAFT_DECODES] += 1
         counts[DRAFT_OUTPUTS] += going
-        counts[DRAFT_RESHAPES] += size != before
+        new = size != before[0]
+        counts[DRAFT_RESHAPES] += new
+        counts[DRAFT_CAPTURES] += before[1] and not new
         counts[KV_DRAFT] += n_kv(n_tokens)
         stretch(counts, DRAFT_ROWS, size)
-        before = size
+        before = size, new
     return before
 
 
 def book_ahead(counts, rows, finished):
     """``rows`` caught up ahead of a draft, mostly prompts' as they were read, because the policy drafts right after
-    them; ``finished``: prompts that this step read to their end. Returns the rows: those of the drafter's last decode.
+    them; ``finished``: prompts that this step read to their end. Returns what :func:`book_drafts` does.
     """
     counts[AHEADS] += max(1, finished)
     counts[AHEAD_ROWS] += rows
-    return rows
+    return rows, True
 
 
 def book_host(counts, n_generating, emitted, mtp):
@@ -232,7 +242,7 @@ def run_queue(params, is_shared, sizes, arrays, counts, rounds):
     decodes, rows, chunk = np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64)
     over, ahead, probed = np.zeros(n_slots, np.bool_), np.zeros(n_slots, np.bool_), np.zeros(n_slots, np.bool_)
     of_step = np.zeros(N_COUNTS)
-    shape = draft_rows = -1
+    shape = draft_rows = NOTHING
     waiting, admitted, n_left = 0, 0, len(first)
     while n_left > 0:
         of_step[:] = 0.0
@@ -367,7 +377,7 @@ def book_steps(starts, slots, n_past, prompts, drafts, sizes, counts):
     whether MTP was loaded: without, a recurrent memory takes no snapshots.
     """
     n_slots, _, n_ubatch, unified, tail, _ = sizes
-    shape = draft_rows = -1
+    shape = draft_rows = NOTHING
     for i in range(len(counts)):
         of_step = counts[i]
         rows, past, decodes = np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64)
@@ -379,7 +389,7 @@ def book_steps(starts, slots, n_past, prompts, drafts, sizes, counts):
             probed[s] = slots[j, 4] > 0
             emitted += slots[j, 5]
         if drafts[i, 2]:
-            shape = draft_rows = -1
+            shape = draft_rows = NOTHING
         mtp = drafts[i, 1] > 0
         draft_rows = book_drafts(of_step, decodes, probed, drafts[i, 0], n_past[i], draft_rows)
         kept = tail if drafts[i, 3] else min(tail, 0)

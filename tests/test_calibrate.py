@@ -21,8 +21,9 @@ from tracekit.errors import TracekitError
 from tracekit.model.prompt_sets import load
 from tracekit.replay import kernel
 from tracekit.replay.arrays import positions
-from tracekit.replay.costs import _PLAIN, _Steps, fit
+from tracekit.replay.costs import _PLAIN, fit, prices_of, steadied
 from tracekit.replay.robust import rising
+from tracekit.replay.steps import Steps
 from tracekit.report import pictures, surface
 from tracekit.report.stats import summarise
 from tracekit.trace.store import open_trace
@@ -251,7 +252,7 @@ def test_fit_holds_over_a_wide_range_of_contexts():
         return 8000 + 1500 * (width > 8) + 60 * width + 0.2 * cells * (1 + 0.02 * width)
 
     rng = np.random.default_rng(0)
-    names = [f.name for f in fields(_Steps)[4:]]
+    names = [f.name for f in fields(Steps)[4:]]
     rows: list[dict[str, float]] = []
     for block, cells in itertools.product(range(3), (768, 2304, 8448, 16640)):
         for k in [*np.repeat(rng.permutation(17), 4), *[None] * 17]:  # None: without MTP
@@ -261,11 +262,24 @@ def test_fit_holds_over_a_wide_range_of_contexts():
             target = target_us(cells, drafts + 1) * (1 + 0.02 * rng.standard_normal())
             before = rows[-1] if rows else dict.fromkeys(names, 0)
             left = 1 if before["decodes"] > 1 else before["rows"] if before["decodes"] else before["rows_before"]
-            values = (block, k is not None, False, cells, drafts + 1, before["width"], 1, drafts, again, left)
+            values = (
+                block,
+                k is not None,
+                False,
+                cells,
+                drafts + 1,
+                before["width"],
+                True,
+                1,
+                drafts,
+                again,
+                left,
+                True,
+            )
             times = (target, first, draft, 0, 30, target + draft + 130)
             rows.append(dict(zip(names, (*values, *times), strict=True)))
-    steps = _Steps("", "", None, 3, *(np.array([r[name] for r in rows], float) for name in names))
-    prices = steps.steadied(16)[0].prices(16)
+    steps = Steps("", "", None, 3, *(np.array([r[name] for r in rows], float) for name in names))
+    prices = prices_of(steadied(steps, 16)[0], 16)
     for cells, width in itertools.product((256, 1024, 4096, 16640), (1, 5, 8, 9, 17)):
         context_us = cells * (prices[kernel.KV] + prices[kernel.KV_WIDTH] * width)
         assert prices[kernel.N_SCALARS + width] + context_us == pytest.approx(target_us(cells, width), rel=0.01)
@@ -279,7 +293,7 @@ def test_what_drafts_cost_the_decode_after_them_is_not_a_new_shapes():
     shape, are predicted within 1 %.
     """
     rng = np.random.default_rng(0)
-    names = [f.name for f in fields(_Steps)[4:]]
+    names = [f.name for f in fields(Steps)[4:]]
     rows: list[dict[str, float]] = []
 
     def target_us(width: int, drafts: int) -> float:
@@ -291,7 +305,7 @@ def test_what_drafts_cost_the_decode_after_them_is_not_a_new_shapes():
         first = 300 if drafts else 0
         draft = first + 200 * max(drafts - 1, 0)
         times = (target, first, draft, 0, 30, target + draft + 130)
-        counted = (block, mtp, False, 256, width, before, 1, drafts, min(drafts, 1), 1)
+        counted = (block, mtp, False, 256, width, before, False, 1, drafts, min(drafts, 1), 1, False)
         rows.append(dict(zip(names, (*counted, *times), strict=True)))
 
     for block in range(20):
@@ -302,8 +316,8 @@ def test_what_drafts_cost_the_decode_after_them_is_not_a_new_shapes():
             for width in map(int, widths):
                 step(block, mtp, drafts, width, before)
                 before = width
-    steps = _Steps("", "", (300.0, 10.0), 20, *(np.array([r[name] for r in rows], float) for name in names))
-    prices = steps.prices(8)
+    steps = Steps("", "", (300.0, 10.0), 20, *(np.array([r[name] for r in rows], float) for name in names))
+    prices = prices_of(steps, 8)
     assert prices[kernel.RESHAPES] == pytest.approx(500, rel=0.2)
     for n in range(1, 9):
         drafts = prices[kernel.DRAFT_ROUNDS] + n * prices[kernel.DRAFT_DECODES] + prices[kernel.N_SCALARS + 10 + 1]

@@ -12,9 +12,9 @@ import tracekit
 from tracekit.engine import Engine
 from tracekit.policy.spec import parse, parse_one
 from tracekit.replay.arrays import Positions
-from tracekit.replay.costs import _Steps
 from tracekit.replay.league import League
 from tracekit.replay.simulate import rounds
+from tracekit.replay.steps import Steps
 from tracekit.trace.store import open_trace
 from tracekit.tune.evidence import tune
 from tracekit.tune.space import default_space
@@ -69,7 +69,7 @@ def test_requests_without_names_are_apart_in_time(models, settings, tmp_path):
         for policy in ("off", "static:n_max=0", "static:n_max=6") * 4:
             engine.set_arm(mtp=policy != "off")
             engine.generate(prose, max_tokens=60, policy=policy)
-    steps = _Steps.read(open_trace(path), 6)
+    steps = Steps.read(open_trace(path), 6)
     assert len(np.unique(steps.block)) == 12
     cost = League.of(open_trace(path)).cost
     assert (cost.boot.std(0)[cost.prices != 0] > 0).any()

@@ -74,17 +74,6 @@ def blocks_of(block: np.ndarray) -> tuple[np.ndarray, int]:
     return (np.arange(len(block)) % _PIECES if n == 1 else block), n
 
 
-def step_up(y: np.ndarray, flag: np.ndarray, keys: np.ndarray) -> float:
-    """How much more ``y`` is where ``flag`` is 1: differences of medians at equal ``key``, averaged; never negative."""
-    found, weight = [], []
-    for key in np.unique(keys):
-        with_flag, without = y[(keys == key) & (flag == 1)], y[(keys == key) & (flag == 0)]
-        if min(len(with_flag), len(without)) >= LEAST:
-            found.append(np.median(with_flag) - np.median(without))
-            weight.append(min(len(with_flag), len(without)))
-    return max(0.0, float(np.average(found, weights=weight))) if found else 0.0
-
-
 def within(x: np.ndarray, y: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """How ``y`` grows with each column of ``x``, float64 ``[n, n_columns]``, among equal ``keys``, none negative: least
     squares of the differences from each key's mean, what is far off pulled in. A column that is constant for every key

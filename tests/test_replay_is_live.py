@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from tracekit.engine import Engine
@@ -9,6 +10,7 @@ from tracekit.policy.spec import parse_one
 from tracekit.replay import kernel
 from tracekit.replay.arrays import ANY, positions
 from tracekit.replay.simulate import counts, rounds
+from tracekit.replay.steps import Steps
 from tracekit.trace.store import open_trace
 
 from .conftest import POLICIES, requests
@@ -28,6 +30,31 @@ def test_replay_equals_live(engine, probe_traces, temp, text):
         for done in fresh.run(wanted):
             assert done.rounds == replayed[done.request.prompt_id], done.request.prompt_id
     assert counts([policy], p)[0][:, kernel.INEXACT].sum() == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["static:n_max=1", "static:n_max=2", "static:n_max=6", "static:n_max=6,p_min=0.4", "fallback:n_max=6"]
+)
+def test_replay_counts_the_shapes_of_live_decodes(engine, probe_traces, tmp_path, text):
+    """How often a decode has another shape than the one before, and how often that shape comes up again right after it
+    (CUDA captures a graph then): the walk counts what a live trace of the policy holds.
+    """
+    policy, path = parse_one(text), tmp_path / "live.duckdb"
+    p = positions(open_trace(probe_traces[0.0]))
+    wanted = sorted(requests(0.0, per_category=2), key=lambda r: p.prompt_ids.index(r.prompt_id))
+    with Engine(engine.model.path, policy, engine.settings, trace=path) as fresh:
+        list(fresh.run(wanted))
+        fresh.set_arm(mtp=False)
+        list(fresh.run(wanted[:1]))  # costs without a baseline are refused
+    steps = Steps.read(open_trace(path), engine.settings.n_max)
+    live = steps.take(np.arange(len(steps.wall)) < len(steps.wall) - len(rounds(parse_one("off"), p)[0]))
+    counted = counts([policy], p)[0].sum(0)
+    assert counted[kernel.STEPS] == len(live.wall)
+    assert counted[kernel.RESHAPES] == live.reshapes.sum()
+    assert counted[kernel.CAPTURES] == live.captures.sum()
+    assert counted[kernel.DRAFT_RESHAPES] == sum(live.draft_reshapes).sum()
+    assert counted[kernel.DRAFT_CAPTURES] == sum(live.draft_captures).sum()
+    assert min(counted[kernel.CAPTURES], counted[kernel.DRAFT_RESHAPES]) > 0
 
 
 def test_probe_generates_what_the_engine_generates(engine, probe_traces):

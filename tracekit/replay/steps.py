@@ -148,14 +148,16 @@ class Steps:
     @property
     def draft_reshapes(self) -> tuple[np.ndarray, np.ndarray]:
         """How many MTP decodes were of another shape than the one before: of the first, and of the others."""
-        return (self.rows != self.rows_before).astype(float), ((self.decodes > 1) & (self.rows != 1)).astype(float)
+        other = (self.decodes > 0) & (self.rows != self.rows_before)
+        return other.astype(float), ((self.decodes > 1) & (self.rows != 1)).astype(float)
 
     @property
     def draft_captures(self) -> tuple[np.ndarray, np.ndarray]:
         """How many had the shape of the one before, which was new: of the first, and of the others."""
         other = self.rows != self.rows_before
-        later = np.where(self.rows == 1, other & (self.decodes > 1), self.decodes > 2)
-        return (~other & (self.draft_new_before == 1)).astype(float), later.astype(float)
+        first = (self.decodes > 0) & ~other & (self.draft_new_before == 1)
+        others = np.where(self.rows == 1, other & (self.decodes > 1), self.decodes > 2)
+        return first.astype(float), others.astype(float)
 
 
 def _prompt_line(trace: TraceFile) -> tuple[float, float] | None:

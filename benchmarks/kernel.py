@@ -37,7 +37,7 @@ void walk(int policy, int64_t n_max, double min_ratio, int zero_trip, int64_t re
     for (int64_t r = 0; r < n_requests; r++) {
         int64_t *counts = out + r * n_counts, g = 1, behind = n_max ? 1 : n_prompt[r] + 1, before = 0;
         int64_t accepted = 0, emitted = 0, trips = 0, inexact = 0, kv_all = 0, kv_drafted = 0, lc = 0, lr = 0;
-        int64_t reshapes = 0, draft_reshapes = 0, drafted_before = -1, rows_before = 0, plain = 0;
+        int64_t reshapes = 0, draft_reshapes = 0, drafted_before = -1, kv_before = -1, rows_before = 0, plain = 0;
         int64_t captures = 0, draft_captures = 0;
         bool fresh = false, draft_fresh = false;
         int64_t room = MIN(n_ctx[r] - n_prompt[r] - 1, max_tokens[r] - 1);
@@ -62,11 +62,13 @@ void walk(int policy, int64_t n_max, double min_ratio, int zero_trip, int64_t re
             before = asked;
             emitted = MIN(accepted + 1, n_generated[r] - g);
             counts[SCALARS + 1 + drafted]++;
-            captures += fresh && drafted == drafted_before;
-            fresh = drafted != drafted_before;
+            int64_t kv = (past + 1 + drafted + 255) & -256;
+            bool other = drafted != drafted_before || kv != kv_before;
+            captures += fresh && !other;
+            fresh = other;
             reshapes += fresh;
             drafted_before = drafted;
-            int64_t kv = (past + 1 + drafted + 255) & -256;
+            kv_before = kv;
             kv_all += kv;
             kv_drafted += kv * drafted;
             if (policy) {

@@ -262,20 +262,9 @@ def test_fit_holds_over_a_wide_range_of_contexts():
             target = target_us(cells, drafts + 1) * (1 + 0.02 * rng.standard_normal())
             before = rows[-1] if rows else dict.fromkeys(names, 0)
             left = 1 if before["decodes"] > 1 else before["rows"] if before["decodes"] else before["rows_before"]
-            values = (
-                block,
-                k is not None,
-                False,
-                cells,
-                drafts + 1,
-                before["width"],
-                True,
-                1,
-                drafts,
-                again,
-                left,
-                True,
-            )
+            other = before["width"] != drafts + 1 or before["kv"] != cells
+            shape = (before["width"], other, False)
+            values = (block, k is not None, False, cells, drafts + 1, *shape, 1, drafts, again, left, False)
             times = (target, first, draft, 0, 30, target + draft + 130)
             rows.append(dict(zip(names, (*values, *times), strict=True)))
     steps = Steps("", "", None, 3, *(np.array([r[name] for r in rows], float) for name in names))
@@ -306,7 +295,8 @@ def test_what_drafts_cost_the_decode_after_them_is_not_a_new_shapes():
         first = 300 if drafts else 0
         draft = first + 200 * max(drafts - 1, 0)
         times = (target, first, draft, 0, 30, target + draft + 130)
-        counted = (block, mtp, False, 256, width, before, new, 1, drafts, min(drafts, 1), 1, False)
+        shape = (before, width != before, width == before and new)
+        counted = (block, mtp, False, 256, width, *shape, 1, drafts, min(drafts, 1), 1, False)
         rows.append(dict(zip(names, (*counted, *times), strict=True)))
 
     for block in range(20):

@@ -30,8 +30,8 @@ LONG_CATCHUPS = 12
 LONG_CATCHUP_ROWS = 13
 PROMPT_CATCHUPS = 14  # prompts caught up while they were read, because the policy drafts right after them
 PROMPT_CATCHUP_ROWS = 15
-RESHAPES = 16  # target decodes of another width than the one before: llama.cpp builds its graph again
-DRAFT_RESHAPES = 17  # the same for the MTP context
+RESHAPES = 16  # target decodes of another width, or over more cells, than the one before: llama.cpp builds a new graph
+DRAFT_RESHAPES = 17  # MTP decodes of another number of rows than the one before
 OVER = 18  # steps after the policy's NEVER: no hidden states are copied out any more
 BARE = 19  # of these, without MTP even loaded: no walk's, but the baseline's
 CAPTURES = 20  # target decodes of the shape of the one before, which was new: CUDA captures the graph it then repeats
@@ -82,12 +82,14 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
         counts[PROMPT_CATCHUP_ROWS] = n_prompt
         behind = 1
     resting = True  # the policy wanted no drafts the last time it was asked
-    drafted_before = -1  # of the target's last decode, and rows of the MTP context's; a prompt's, never equal
+    drafted_before = (
+        kv_before
+    ) = -1  # of the target's last decode, and rows of the MTP context's; a prompt's, never equal
     rows_before = 0
     draft_new = steady = False  # whether that was another shape than the one before; whether it was one row again
     room = min(n_ctx - n_prompt - 1, max_tokens - 1)  # tokens generated before drafts stop fitting
     accepted = emitted = trips = inexact = stopped = kv_stopped = 0
-    kv_run = kv_new = 0  # cells since the batch width last changed, and of the first step since: fewer, if more came
+    in_shape = 0  # steps since the shape of the target's batch last changed
     kv_all = kv_drafted = long_catchups = long_rows = 0
     reshapes = captures = draft_reshapes = draft_captures = wide = 0
     match, known = match[first : first + n_generated - 1], known[first : first + n_generated - 1]
@@ -147,29 +149,38 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
             resting = True
         emitted = min(accepted + 1, n_generated - generated)
         counts[np.uint64(width_at + 1 + drafted)] += 1
-        if drafted != drafted_before:
+        kv = n_kv(past + 1 + drafted)
+        if drafted != drafted_before or kv != kv_before:
             reshapes += 1
-            captures += kv_run != kv_new
-            kv_drafted += kv_run * drafted_before
-            kv_all += kv_run
-            kv_run = 0
-            kv_new = n_kv(past + 1 + drafted)
+            captures += in_shape > 1
+            kv_drafted += in_shape * kv_before * drafted_before
+            kv_all += in_shape * kv_before
+            in_shape = 0
             drafted_before = drafted
-        kv_run += n_kv(past + 1 + drafted)
+            kv_before = kv
+        in_shape += 1
         state = learn(params, state, now, Outcome(asked, drafted, accepted, emitted))
         generated += emitted
         behind += emitted
-    kv_all += kv_run
-    kv_drafted += kv_run * drafted_before
+    kv_all += in_shape * kv_before
+    kv_drafted += in_shape * kv_before * drafted_before
     over = n_generated - generated
     if over > 0:  # plain steps to the end
         trips += not resting
-        if drafted_before != 0:
+        before, last = n_prompt + generated - 1, n_prompt + n_generated - 1
+        kv = n_kv(before + 1)
+        if drafted_before != 0 or kv_before != kv:
             reshapes += 1
-            captures += over > 1
+            captures += in_shape > 1
+            in_shape = 0
+        blocks = (n_kv(last) - kv) // KV_BLOCK  # entered on the way
+        reshapes += blocks
+        if blocks > 0:
+            captures += (in_shape + kv - before > 1) + blocks - 1
+            in_shape = last - (n_kv(last) - KV_BLOCK)
         else:
-            captures += kv_run == kv_new
-        kv_all += n_kv_sum(n_prompt + n_generated - 1) - n_kv_sum(n_prompt + generated - 1)
+            in_shape += over
+        kv_all += n_kv_sum(last) - n_kv_sum(before)
         counts[width_at + 1] += over
         accepted = 0
         emitted = 1
@@ -195,7 +206,7 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
     counts[RESHAPES] = reshapes
     counts[DRAFT_RESHAPES] = draft_reshapes + 2 * wide
     counts[OVER] = over
-    counts[CAPTURES] = captures + (kv_run != kv_new)
+    counts[CAPTURES] = captures + (in_shape > 1)
     counts[DRAFT_CAPTURES] = draft_captures + wide
     return state
 

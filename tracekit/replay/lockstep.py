@@ -68,8 +68,9 @@ def stretch(counts, at, rows):
 
 def book_pass(counts, rows, seqs, cells, shape, before, mtp, loaded):
     """One pass of the target over ``rows`` rows of ``seqs`` sequences with ``cells`` cells each, after ``before``; its
-    shape, and whether that is new.
+    shape, to which the cells belong, and whether that is new.
     """
+    shape = (shape << 24) + cells
     counts[BATCHES] += 1
     counts[BATCHES_MTP] += mtp
     counts[ROWS_MTP] += rows * mtp

@@ -38,7 +38,8 @@ class Steps:
     kv: np.ndarray  # cells that attention read
     width: np.ndarray
     width_before: np.ndarray  # of the target decode before
-    new_before: np.ndarray  # whether that was of another width than the one before it
+    reshapes: np.ndarray  # whether that had another shape: another width, or more or fewer cells
+    captures: np.ndarray  # whether that had the same shape, but the one before it another
     emitted: np.ndarray
     decodes: np.ndarray
     rows: np.ndarray  # of the first MTP decode
@@ -80,12 +81,15 @@ class Steps:
                    FROM (SELECT *, prompt_id = '' OR prompt_id IS DISTINCT FROM
                                    lag(prompt_id) OVER (PARTITION BY run ORDER BY request) AS new FROM requests)),
                target AS (
-                   SELECT *, lag(n_tokens) OVER before AS width_before, lag(n_tokens, 2) OVER before AS width_earlier
+                   SELECT *, (n_tokens, (n_past + n_tokens - 1) // $cells) AS shape,
+                          lag(n_tokens) OVER before AS width_before,
+                          shape IS DISTINCT FROM lag(shape) OVER before AS reshapes,
+                          NOT reshapes AND shape IS DISTINCT FROM lag(shape, 2) OVER before AS captures
                    FROM steps WINDOW before AS (PARTITION BY run ORDER BY step))
                SELECT block, mtp, n_past,
                       NOT mtp AND arm <> 'no_mtp' AND settings->>'memory' = 'snapshot' AS loaded,
-                      n_tokens AS width, coalesce(width_before, 0) AS width_before,
-                      width_before IS DISTINCT FROM width_earlier AS new_before, len(v.tokens) AS emitted,
+                      n_tokens AS width, coalesce(width_before, 0) AS width_before, reshapes, captures,
+                      len(v.tokens) AS emitted,
                       n_draft_decodes AS decodes, n_catchup AS rows, coalesce(rows_before, 0) AS rows_before,
                       coalesce(draft_new_before, true) AS draft_new_before,
                       target_us AS target, first_draft_us AS first, draft_us AS draft, catchup_us AS catchup,
@@ -95,6 +99,7 @@ class Steps:
                WHERE s.n_slots = 1 AND s.n_prompt = 0 AND v.n_generated > 0
                      AND n_tokens <= $most AND n_catchup <= $most ORDER BY run, step""",
             most=n_max + 1,
+            cells=kernel.KV_BLOCK,
         )
         if frame.is_empty():
             raise TracekitError(f"{trace.path}: no step of one slot alone, whose costs are wanted; {alone}")
@@ -134,16 +139,6 @@ class Steps:
     def host(self) -> np.ndarray:
         """What a step takes beside decoding and sampling."""
         return self.wall - self.target - self.draft - self.catchup - self.sample
-
-    @property
-    def reshapes(self) -> np.ndarray:
-        """Whether the target's batch had another width than the one before."""
-        return (self.width != self.width_before).astype(float)
-
-    @property
-    def captures(self) -> np.ndarray:
-        """Whether it had the width of the one before, which was new."""
-        return ((self.width == self.width_before) & (self.new_before == 1)).astype(float)
 
     @property
     def draft_reshapes(self) -> tuple[np.ndarray, np.ndarray]:

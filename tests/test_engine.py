@@ -4,12 +4,16 @@ end.
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import signal
+import sys
+import time
 from dataclasses import replace
 
 import pytest
 
-from tracekit.engine import Engine, Probe, Request, Sampling, Settings
+from tracekit.engine import Engine, Probe, Request, Sampling, Settings, lib
 from tracekit.engine.model import check_drafter
 from tracekit.errors import TracekitError
 from tracekit.policy.rule import rule
@@ -279,25 +283,51 @@ def test_graphs_that_keep_back_hidden_states_are_refused(engine, monkeypatch, ar
         check_drafter(engine.model, engine.model)
 
 
-def test_a_signal_while_llama_cpp_loads_is_not_lost(models, settings, monkeypatch):
-    """What a signal's handler raises inside llama.cpp's log callback comes out of the engine that was being made."""
-    from tracekit.engine import lib
+class Alarm(Exception):
+    """What the handler of a test's signal raises, as that of Ctrl-C does KeyboardInterrupt."""
 
-    class Interrupted(list):
-        """A log's listener that a signal hits, once."""
 
-        def append(self, line):
-            lib._listeners.remove(self)
-            raise KeyboardInterrupt
+@pytest.fixture
+def alarm(monkeypatch):
+    """``alarm(seconds)`` sends a signal then; what Python could not raise makes the test fail."""
 
-    lib._listeners.append(Interrupted())
+    def handler(*_):
+        raise Alarm
+
+    lost = []
+    monkeypatch.setattr(sys, "unraisablehook", lost.append)
+    before = signal.signal(signal.SIGALRM, handler)
+    yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+    assert not lost
+
+
+def test_a_signal_while_llama_cpp_loads_is_not_lost(models, settings, alarm):
+    """Whenever it comes, in the middle of a call of llama.cpp that logs too: its handler's exception is raised."""
+    for after_ms in (1, 2, 3, 5, 8, 13, 21):
+        alarm(after_ms / 1000)
+        with pytest.raises(Alarm), Engine(models["plain"], settings=settings):
+            time.sleep(1)
+
+
+def test_a_signal_while_a_decode_logs_is_not_lost(engine):
+    """What its handler raises inside llama.cpp's log callback comes out of the step; the engine goes on."""
+    lib.interrupts.append(KeyboardInterrupt())  # as the callback keeps it
     with pytest.raises(KeyboardInterrupt):
-        Engine(models["plain"], settings=settings)
-    with Engine(models["plain"], settings=settings) as engine:
-        lib.interrupts.append(KeyboardInterrupt())  # as one that comes while a decode logs
-        with pytest.raises(KeyboardInterrupt):
-            engine.generate("import", max_tokens=3)
-        assert engine.generate("import", max_tokens=3).tokens
+        engine.generate("import", max_tokens=3)
+    assert engine.generate("import", max_tokens=3).tokens
+
+
+def test_ggml_logs_nothing_between_loads(models, settings):
+    """With CUDA it logs during every decode, where a callback of Python's would lose signals; loading is heard."""
+    ggml = lib._ggml()
+    ggml.ggml_log_get.argtypes = [ctypes.POINTER(ctypes.c_void_p)] * 2
+    asked = ctypes.c_void_p(), ctypes.c_void_p()
+    with lib.listening() as heard, Engine(models["plain"], settings=settings):
+        assert any("load_tensors" in line for line in heard)
+        ggml.ggml_log_get(*map(ctypes.byref, asked))
+        assert asked[0].value == ctypes.cast(lib.llama._lib.llama_supports_mmap, ctypes.c_void_p).value
 
 
 def test_control_tokens_in_a_prompt_are_control_tokens(engine):

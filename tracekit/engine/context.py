@@ -100,8 +100,7 @@ class Context:
         if target is not None:
             params.ctx_type = llama.LLAMA_CONTEXT_TYPE_MTP
             params.ctx_other = target.handle
-        self.handle = llama.llama_init_from_model(model.handle, params)
-        lib.raise_interrupt(lambda: self.handle and llama.llama_free(self.handle))
+        self.handle = lib.made(llama.llama_init_from_model, llama.llama_free, model.handle, params)
         if not self.handle:
             raise TracekitError(
                 f"{model.path}: no context of {n_seq} x {n_ctx} tokens ({lib.last_error('no reason given')})"

@@ -9,11 +9,13 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from tracekit.errors import EngineMissing
 
@@ -75,12 +77,40 @@ def _on_log(level: int, text: bytes, _user_data) -> None:
         interrupts.append(error)
 
 
-def raise_interrupt(undo: Callable[[], object] | None = None) -> None:
-    """After a call of llama.cpp: raise what a signal raised during it, ``undo`` being done first."""
+def raise_interrupt() -> None:
+    """After a call of llama.cpp: raise what a signal raised during it."""
     if interrupts:
-        if undo is not None:
-            undo()
         raise interrupts.pop()
+
+
+def made(make: Callable, free: Callable, *arguments: Any) -> Any:
+    """The handle that ``make(*arguments)`` of llama.cpp returns; ``free``d where a signal came meanwhile, whose
+    exception is raised. Making takes seconds and logs: a callback's first line, where Python raises what a signal
+    asks for, is outside of every ``try``, and ctypes hands it to ``sys.unraisablehook``.
+    """
+    kept: list[Any] = []
+    before, sys.unraisablehook = sys.unraisablehook, lambda lost: interrupts.append(lost.exc_value)
+    try:
+        llama.llama_log_set(_on_log, None)
+        kept.extend(map(make, *([a] for a in arguments)))  # by C alone: it is kept before a signal is raised
+        raise_interrupt()
+    except BaseException:
+        for handle in filter(None, kept):
+            free(handle)
+        raise
+    finally:
+        sys.unraisablehook = before
+        _hush()
+    return kept[0]
+
+
+def _hush() -> None:
+    """Have ggml log nothing until something is :func:`made` again: its CUDA part says of every decode whether the graph
+    was new, and a callback of Python's is where signals are lost. llama.cpp's own lines are still heard.
+    """
+    ggml = _ggml()
+    ggml.ggml_log_set.argtypes, ggml.ggml_log_set.restype = [ctypes.c_void_p] * 2, None
+    ggml.ggml_log_set(ctypes.cast(llama._lib.llama_supports_mmap, ctypes.c_void_p), None)  # which does nothing, in C
 
 
 llama.llama_log_set(_on_log, ctypes.c_void_p(0))
@@ -144,7 +174,7 @@ def listening() -> Iterator[list[str]]:
     try:
         yield heard
     finally:
-        _listeners.remove(heard)
+        _listeners[:] = [each for each in _listeners if each is not heard]  # others may have heard the same
 
 
 def build() -> str:

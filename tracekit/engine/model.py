@@ -81,8 +81,8 @@ class Model:
         params = llama.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
         params.load_mtp = mtp
-        self.handle = llama.llama_model_load_from_file(os.fsencode(self.path), params)
-        lib.raise_interrupt(self.close)
+        path_bytes = os.fsencode(self.path)
+        self.handle = lib.made(llama.llama_model_load_from_file, llama.llama_model_free, path_bytes, params)
         if not self.handle:
             raise TracekitError(f"{path}: llama.cpp cannot load it ({lib.last_error('no reason given')})")
         self.vocab = llama.llama_model_get_vocab(self.handle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -13,12 +14,16 @@ import pytest
 from nbclient import NotebookClient
 
 import tracekit
+from tracekit.policy import file
 from tracekit.policy.rule import shipped
+from tracekit.replay import kernel, lockstep
+from tracekit.verify import Verdict
 
 from .test_cli import COMMANDS, VERBS
 
 ROOT = Path(__file__).parent.parent
 TRACES = sorted((ROOT / "traces").glob("*.duckdb"))
+H200 = ROOT / "traces" / "h200"
 README = (ROOT / "README.md").read_text()
 
 
@@ -115,6 +120,38 @@ def test_tuning_the_shipped_traces_gives_the_expected_advice():
     misaligned = tracekit.open(ROOT / "traces" / "reference-misaligned-probe.duckdb").tune()
     assert misaligned.policy.name == "off"
     assert "Do not speculate" in misaligned.evidence.advice
+
+
+@pytest.mark.parametrize("path", sorted(H200.glob("*.duckdb")), ids=lambda p: p.name)
+def test_cuda_traces_are_of_a_gpu(path):
+    """Finished, small, named in traces/README.md, with every layer on the GPU; replay is exact, and a graph that CUDA
+    captures costs more than one that it launches or repeats.
+    """
+    trace = tracekit.open(path)
+    run = trace.file.runs.row(0, named=True)
+    machine = json.loads(run["machine"])
+    assert path.stat().st_size < 5_000_000
+    assert run["wall_us"] is not None
+    assert path.name in (ROOT / "traces" / "README.md").read_text()
+    assert "CUDA0: NVIDIA H200" in run["device"]
+    assert machine["placement"]["on_gpu"]
+    assert machine["cuda_graphs"]
+    assert trace.sql("SELECT count(*) FROM gpu_readings").item() > 10
+    several = "slots" in path.name
+    count = lockstep if several else kernel
+    assert trace.league.cost.prices[count.CAPTURES] > trace.league.cost.prices[count.RESHAPES] > 1000
+    assert (trace.replay(trace.league.usual_policies())["exact_fraction"] == 1).all()
+
+
+@pytest.mark.parametrize("path", sorted(H200.glob("*d.json")), ids=lambda p: p.name)
+def test_cuda_verdicts(path):
+    """Live runs on the GPU were predicted within 2 % at the median, by a policy file that names its trace."""
+    verdict, tuned = Verdict.load(path), file.read(path.with_suffix(".toml"))
+    assert verdict.median_error_ratio < 0.02
+    assert tuned.evidence.trace_id == tracekit.open(path.with_suffix(".duckdb")).file.runs["trace_id"][0]
+    told = (H200 / "tables.txt").read_text()
+    assert verdict.sentence in told
+    assert tuned.evidence.advice in told
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.name)

@@ -139,10 +139,11 @@ def test_a_recording_that_fails_stops_a_study(models, settings, tmp_path, monkey
 def test_models_of_another_seed_have_another_name(tmp_path, monkeypatch):
     """A plan with another seed does not take up the models of the first."""
     monkeypatch.setattr(campaign, "build", lambda path, *_, **__: path.touch())
+    monkeypatch.setattr(campaign, "examine", lambda *_: {})
     plan = read_plan("smoke")[0]
     for seed in (0, 1):
         run = campaign.Campaign(plan.model_copy(update={"seed": seed}), tmp_path, tmp_path, QUIET)
-        run._build(plan.sizes[0])
+        run._ready(plan.sizes[0], "aligned")
     assert len(list(tmp_path.glob("*.gguf"))) == 4
 
 

@@ -5,6 +5,7 @@ end.
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import signal
 import sys
@@ -297,9 +298,11 @@ def alarm(monkeypatch):
     lost = []
     monkeypatch.setattr(sys, "unraisablehook", lost.append)
     before = signal.signal(signal.SIGALRM, handler)
+    gc.disable()  # Hypothesis watches it, in a callback of its own that a signal can hit
     yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds)
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
+    gc.enable()
     assert not lost
 
 

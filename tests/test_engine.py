@@ -314,6 +314,23 @@ def test_a_signal_while_llama_cpp_loads_is_not_lost(models, settings, alarm):
             time.sleep(1)
 
 
+def test_what_others_could_not_raise_is_not_taken_for_a_signal(monkeypatch):
+    """A finalizer that fails while llama.cpp loads is told where it always is, and loading goes on."""
+
+    class Failing:
+        def __del__(self):
+            raise Alarm
+
+    def make(_):
+        Failing()
+        return 1
+
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    assert lib.made(make, None, None) == 1
+    assert [lost.exc_type for lost in told] == [Alarm]
+
+
 def test_a_signal_while_a_decode_logs_is_not_lost(engine):
     """What its handler raises inside llama.cpp's log callback comes out of the step; the engine goes on."""
     lib.interrupts.append(KeyboardInterrupt())  # as the callback keeps it

@@ -89,7 +89,15 @@ def made(make: Callable, free: Callable, *arguments: Any) -> Any:
     asks for, is outside of every ``try``, and ctypes hands it to ``sys.unraisablehook``.
     """
     kept: list[Any] = []
-    before, sys.unraisablehook = sys.unraisablehook, lambda lost: interrupts.append(lost.exc_value)
+    before = sys.unraisablehook
+
+    def hook(lost: Any) -> None:
+        if "ctypes callback" in (lost.err_msg or ""):
+            interrupts.append(lost.exc_value)
+        else:  # another's: a finalizer's, say
+            before(lost)
+
+    sys.unraisablehook = hook
     try:
         llama.llama_log_set(_on_log, None)
         kept.extend(map(make, *([a] for a in arguments)))  # by C alone: it is kept before a signal is raised

@@ -178,14 +178,13 @@ def _made_ahead(tensors: Mapping[str, Tensor], types: Mapping[str, np.dtype]) ->
         return np.ascontiguousarray(tensors[name].make(), types[name])
 
     n_ahead = min(os.cpu_count() or 1, 8)
-    with ThreadPoolExecutor(n_ahead) as pool:
-        waiting = deque()
-        try:
-            for name in tensors:
-                if len(waiting) == n_ahead:
-                    yield waiting.popleft().result()
-                waiting.append(pool.submit(make, name))
-            while waiting:
+    pool, waiting = ThreadPoolExecutor(n_ahead), deque()
+    try:
+        for name in tensors:
+            if len(waiting) == n_ahead:
                 yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+            waiting.append(pool.submit(make, name))
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -82,10 +82,8 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
         counts[PROMPT_CATCHUP_ROWS] = n_prompt
         behind = 1
     resting = True  # the policy wanted no drafts the last time it was asked
-    drafted_before = (
-        kv_before
-    ) = -1  # of the target's last decode, and rows of the MTP context's; a prompt's, never equal
-    rows_before = 0
+    drafted_before = kv_before = -1  # of the target's last decode; a prompt's, never equal
+    rows_before = 0  # of the MTP context's last decode, likewise
     draft_new = steady = False  # whether that was another shape than the one before; whether it was one row again
     room = min(n_ctx - n_prompt - 1, max_tokens - 1)  # tokens generated before drafts stop fitting
     accepted = emitted = trips = inexact = stopped = kv_stopped = 0

@@ -4,7 +4,8 @@
 #
 #   benchmarks/cuda.sh wheel FOLDER [ARCHITECTURE]   a wheel of llama-cpp-python with CUDA; needs nvcc and no GPU. 90: H100,
 #                                                    H200 (the default); 89: RTX 40; 100, 120: Blackwell. Half an hour on 2 cores
-#   benchmarks/cuda.sh pack FOLDER                   beside it, tracekit and whatever it needs, recompressed to be carried
+#   benchmarks/cuda.sh pack FOLDER [MB]              beside it, tracekit and whatever it needs, recompressed to be carried;
+#                                                    with MB, sorted into FOLDER/trip-1, -2, ... of at most so many each
 #   benchmarks/cuda.sh install FOLDER                there: every wheel in FOLDER (call it again after each trip)
 #   benchmarks/cuda.sh run OUT [PLAN] [MINUTES]      there: the campaign; exit code 3 means, call it again
 #
@@ -12,7 +13,7 @@
 # the machine has already and that need not be carried. SITE: where install puts them (site-cuda). MODELS: where the big
 # models go (models-cuda).
 set -eu
-usage() { sed -n '5,9s/^#  *//p' "$0" >&2; exit 2; }
+usage() { sed -n '5,10s/^#  *//p' "$0" >&2; exit 2; }
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(dirname "$here")
 python=${PYTHON:-python3}
@@ -96,11 +97,28 @@ pack() {
     for file in "$folder"/all/*.whl; do
         [ -f "$folder/$(basename "$file")" ] || "$python" "$here/cuda_repack.py" "$file" "$folder"
     done
+    rm -rf "$folder"/trip-*
+    [ -z "${2:-}" ] || "$python" "$here/cuda_repack.py" --trips "$2" "$folder"
     du -h "$folder"/*.whl | sort -h
 }
 
 install() {
     "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" "$1"/*.whl
+    # what tracekit asks for and is not there yet: it may come with another trip
+    missing=$(PYTHONPATH=$site "$python" -c '
+from importlib.metadata import PackageNotFoundError, requires, version
+import re
+try:
+    wanted = [re.match("[A-Za-z0-9_.-]+", r)[0] for r in requires("tracekit") if "extra" not in r or "engine" in r]
+except PackageNotFoundError:
+    wanted = ["tracekit"]
+for name in wanted:
+    try:
+        version(name)
+    except PackageNotFoundError:
+        print(name, end=" ")')
+    [ "${missing% }" != vl-convert-python ] || { echo "without vl-convert-python: no pictures"; missing=; }
+    [ -z "$missing" ] || { echo "cuda.sh: still missing: $missing(carry them here, and call install again)"; return; }
     PYTHONPATH=$site "$python" -m tracekit doctor
 }
 
@@ -110,7 +128,7 @@ run() {
 print(":".join(p for s in site.getsitepackages() for p in glob.glob(s + "/nvidia/*/lib")))')
     export PYTHONPATH="$site:$root" LD_LIBRARY_PATH="${LD_LIBRARY_PATH:-}:$libraries"
     "$python" -m tracekit campaign "${2:-cuda}" -o "$1" --models "$models" --minutes "${3:-0}"
-    model=$(find "$models" -name 'reference-*.gguf' ! -name '*sidecar*' | sort | head -n 1)
+    model=$(find "$models" -name '*.gguf' ! -name '*sidecar*' | sort | head -n 1)
     for script in backend_sampling overhead; do # what copying logits costs, and what recording does
         [ -f "$1/$script.txt" ] && continue
         "$python" "$here/$script.py" --repeats 4 "$model" >"$1/$script.partial" 2>&1 || echo "failed" >>"$1/$script.partial"

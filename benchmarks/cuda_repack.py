@@ -1,7 +1,9 @@
 """Make a wheel small enough to carry: compressed with xz inside the archive, which ``pip`` reads like any other.
 
     python benchmarks/cuda_repack.py WHEEL FOLDER
+    python benchmarks/cuda_repack.py --trips MEGABYTES FOLDER
 
+The second sorts FOLDER's wheels into FOLDER/trip-1, trip-2, ... of at most so many megabytes each, links to the same files.
 llama-cpp-python's build stores each library under three names in two folders; of that wheel one copy is kept. What is
 loaded is in ``llama_cpp/lib``: ``libllama.so`` by name and the others by their soname.
 """
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import re
 import sys
 import zipfile
@@ -42,6 +45,29 @@ def repack(wheel: Path, folder: Path) -> Path:
     return out
 
 
+def trips(folder: Path, most_mb: float) -> list[list[Path]]:
+    """The wheels of ``folder``, largest first, each in the first trip with room for it. Ends where one has no room."""
+    sizes = {wheel: wheel.stat().st_size for wheel in folder.glob("*.whl")}
+    found: list[list[Path]] = []
+    for wheel in sorted(sizes, key=lambda w: (-sizes[w], w.name)):
+        if sizes[wheel] > 1e6 * most_mb:
+            raise SystemExit(f"{wheel}: {sizes[wheel] / 1e6:.0f} MB, but a trip takes {most_mb:g}")
+        room = (t for t in found if sum(sizes[w] for w in [*t, wheel]) <= 1e6 * most_mb)
+        trip = next(room, None)
+        if trip is None:
+            found.append(trip := [])
+        trip.append(wheel)
+    for i, trip in enumerate(found, 1):
+        (folder / f"trip-{i}").mkdir()
+        for wheel in trip:
+            os.link(wheel, folder / f"trip-{i}" / wheel.name)
+    return found
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "--trips":
+        for i, trip in enumerate(trips(Path(sys.argv[3]), float(sys.argv[2])), 1):
+            print(f"trip-{i}: {sum(w.stat().st_size for w in trip) / 1e6:.0f} MB, {len(trip)} wheels")
+        sys.exit()
     made = repack(Path(sys.argv[1]), Path(sys.argv[2]))
     print(f"Wrote {made} ({made.stat().st_size / 1e6:.0f} MB)")

@@ -263,23 +263,27 @@ def test_fit_holds_over_a_wide_range_of_contexts():
             before = rows[-1] if rows else dict.fromkeys(names, 0)
             left = 1 if before["decodes"] > 1 else before["rows"] if before["decodes"] else before["rows_before"]
             other = before["width"] != drafts + 1 or before["kv"] != cells
-            shape = (before["width"], other, False)
-            values = (block, k is not None, False, cells, drafts + 1, *shape, 1, drafts, again, left, False)
+            shape = (before["width"], other, False, 0, False)
+            memory = (cells, cells - drafts - 1)
+            values = (block, k is not None, False, *memory, drafts + 1, *shape, 1, drafts, again, left, False)
             times = (target, first, draft, 0, 30, target + draft + 130)
             rows.append(dict(zip(names, (*values, *times), strict=True)))
     steps = Steps("", "", None, 3, *(np.array([r[name] for r in rows], float) for name in names))
     prices = prices_of(steadied(steps, 16)[0], 16)
     for cells, width in itertools.product((256, 1024, 4096, 16640), (1, 5, 8, 9, 17)):
-        context_us = cells * (prices[kernel.KV] + prices[kernel.KV_WIDTH] * width)
+        per_cell = prices[kernel.KV] + prices[kernel.KV_WIDTH] * width if width > 1 else prices[kernel.KV_ONE]
+        context_us = cells * per_cell
+        context_us += (cells - width) * (prices[kernel.PAST] + prices[kernel.PAST_WIDTH] * width)
         assert prices[kernel.N_SCALARS + width] + context_us == pytest.approx(target_us(cells, width), rel=0.01)
-    plain = prices[[*_PLAIN, kernel.OVER, kernel.BARE]].sum() + 256 * (prices[kernel.KV] + prices[kernel.KV_WIDTH])
+    plain = prices[[*_PLAIN, kernel.OVER, kernel.BARE]].sum() + 256 * prices[kernel.KV_ONE]
+    plain += 255 * (prices[kernel.PAST] + prices[kernel.PAST_WIDTH])
     assert plain == pytest.approx(target_us(256, 1) + 130, rel=0.01)
 
 
 def test_what_drafts_cost_the_decode_after_them_is_not_a_new_shapes():
     """Probes (8 drafts, any width) beside plain and fixed steps, as `record` runs them: what another shape costs, what
-    capturing it the second time does, what drafts cost the decode after them and what a prompt does are told apart, and
-    fixed lengths, which never change their shape, are predicted within 1 %.
+    capturing it the second time does, what drafts cost the decode after them, how that fades, and what a prompt does are
+    told apart, and fixed lengths, which never change their shape, are predicted within 1 %.
     """
     rng = np.random.default_rng(0)
     names = [f.name for f in fields(Steps)[4:]]
@@ -288,15 +292,16 @@ def test_what_drafts_cost_the_decode_after_them_is_not_a_new_shapes():
     def target_us(width: int, drafts: int) -> float:
         return 4000 + 1000 * width + (400 + 50 * drafts if drafts else 0)
 
-    def step(block: int, mtp: bool, drafts: int, width: int, before: int, new: bool) -> None:
-        target = target_us(width, drafts) + 500 * (width != before) + 1500 * (before > 9)
+    def step(block: int, mtp: bool, drafts: int, width: int, before: int, new: bool, calm: int) -> None:
+        settling = 0 if drafts else max(0, kernel.CALM - calm)
+        target = target_us(width, drafts) + 500 * (width != before) + 1500 * (before > 9) + 20 * settling
         target += 3000 * (width == before and new)
         target *= 1 + 0.02 * rng.standard_normal()
         first = 300 if drafts else 0
         draft = first + 200 * max(drafts - 1, 0)
         times = (target, first, draft, 0, 30, target + draft + 130)
-        shape = (before, width != before, width == before and new)
-        counted = (block, mtp, False, 256, width, *shape, 1, drafts, min(drafts, 1), 1, False)
+        shape = (before, width != before, width == before and new, settling, before > 9)
+        counted = (block, mtp, False, 256, 100, width, *shape, 1, drafts, min(drafts, 1), 1, False)
         rows.append(dict(zip(names, (*counted, *times), strict=True)))
 
     for block in range(20):
@@ -304,13 +309,15 @@ def test_what_drafts_cost_the_decode_after_them_is_not_a_new_shapes():
         arms = [(False, 0, [1] * 20), (True, 0, [1] * 20), (True, fixed, [fixed + 1] * 12)]
         for mtp, drafts, widths in [*arms, (True, 8, rng.integers(1, 10, 60))]:
             before, new = 100, True  # the prompt
-            for width in map(int, widths):
-                step(block, mtp, drafts, width, before, new)
+            for calm, width in enumerate(map(int, widths)):
+                step(block, mtp, drafts, width, before, new, calm)
                 before, new = width, width != before
     steps = Steps("", "", (300.0, 10.0), 20, *(np.array([r[name] for r in rows], float) for name in names))
     prices = prices_of(steps, 8)
     assert prices[kernel.RESHAPES] == pytest.approx(500, rel=0.2)
     assert prices[kernel.CAPTURES] == pytest.approx(3000, rel=0.05)
+    assert prices[kernel.SETTLING] == pytest.approx(20, rel=0.1)
+    assert prices[kernel.FIRSTS] == pytest.approx(1500, rel=0.1)
     for n in range(1, 9):
         drafts = prices[kernel.DRAFT_ROUNDS] + n * prices[kernel.DRAFT_DECODES] + prices[kernel.N_SCALARS + 10 + 1]
         host = prices[[kernel.STEPS, kernel.TOKENS]].sum()

@@ -36,8 +36,9 @@ def test_replay_equals_live(engine, probe_traces, temp, text):
     "text", ["static:n_max=1", "static:n_max=2", "static:n_max=6", "static:n_max=6,p_min=0.4", "fallback:n_max=6"]
 )
 def test_replay_counts_the_shapes_of_live_decodes(engine, probe_traces, tmp_path, text):
-    """How often a decode has another shape than the one before, and how often that shape comes up again right after it
-    (CUDA captures a graph then): the walk counts what a live trace of the policy holds.
+    """How often a decode has another shape than the one before, how often that shape comes up again right after it (CUDA
+    captures a graph then), how many plain decodes followed upon drafts or a prompt, and how soon: the walk counts what
+    a live trace of the policy holds.
     """
     policy, path = parse_one(text), tmp_path / "live.duckdb"
     p = positions(open_trace(probe_traces[0.0]))
@@ -54,6 +55,10 @@ def test_replay_counts_the_shapes_of_live_decodes(engine, probe_traces, tmp_path
     assert counted[kernel.CAPTURES] == live.captures.sum()
     assert counted[kernel.DRAFT_RESHAPES] == sum(live.draft_reshapes).sum()
     assert counted[kernel.DRAFT_CAPTURES] == sum(live.draft_captures).sum()
+    assert counted[kernel.PAST] == live.past.sum()
+    assert counted[kernel.PAST_WIDTH] == (live.past * live.width).sum()
+    assert counted[kernel.SETTLING] == live.settling.sum()
+    assert counted[kernel.FIRSTS] == live.firsts.sum() == len(wanted)
     assert min(counted[kernel.CAPTURES], counted[kernel.DRAFT_RESHAPES]) > 0
 
 

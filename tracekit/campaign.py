@@ -25,7 +25,7 @@ from tracekit.engine import calibrate as surface
 from tracekit.engine.doctor import demand_gpu, examine, surroundings
 from tracekit.engine.record import record, wave_of
 from tracekit.errors import TracekitError
-from tracekit.model.build import build
+from tracekit.model.build import REFERENCE, build
 from tracekit.model.prompt_sets import SETS
 from tracekit.policy.spec import parse_one
 from tracekit.study import Finding, Study, Teller, Workload, complete, conduct, recording, remove
@@ -45,12 +45,15 @@ class _Strict(BaseModel):
 
 
 class Size(_Strict):
-    """One expansion of the reference model (:mod:`tracekit.model.expand`)."""
+    """One expansion of the reference model (:mod:`tracekit.model.expand`), or of another that
+    :mod:`tracekit.model.train` wrote to ``source``.
+    """
 
     name: str = Field(pattern=r"^[a-z0-9.]+$")
     layers: int
     width: int
     type: str = "f16"
+    source: Path = REFERENCE
 
 
 class Surface(_Strict):
@@ -194,7 +197,7 @@ class Campaign:
         should.
         """
         seed = f"-seed-{self.plan.seed}" if self.plan.seed else ""
-        stem = f"reference-{size.width}x{size.layers}-{size.type}{seed}"
+        stem = f"{size.source.stem}-{size.width}x{size.layers}-{size.type}{seed}"
         model, sidecar = self.models / f"{stem}.gguf", self.models / f"{stem}-misaligned-sidecar.gguf"
         for path, drafter_alone in ((model, False), (sidecar, True)):
             if not path.exists():
@@ -203,7 +206,7 @@ class Campaign:
                 with self.tell.progress("tensors") as update:
                     build(
                         path, size.layers, size.width, drafter_alone, drafter_alone, size.type, self.plan.seed,
-                        progress=update,
+                        size.source, progress=update,
                     )  # fmt: skip  # what is built, then how
         self._check(size, model)
         return model, sidecar if head == "misaligned" else None

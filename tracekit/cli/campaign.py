@@ -70,6 +70,8 @@ def campaign(
 
 def _sum_up(findings: list[Finding], folder: Path) -> None:
     """Write the tables of all ``findings`` and a picture of them into ``folder``."""
+    from importlib.util import find_spec
+
     import polars as pl
 
     from tracekit.report import pictures
@@ -77,5 +79,8 @@ def _sum_up(findings: list[Finding], folder: Path) -> None:
     with (folder / "tables.txt").open("w", encoding="utf-8") as file:
         for finding in findings:
             out.print_finding(finding, finding.name, file)
+    if find_spec("vl_convert") is None:  # 22 MB that need not be carried to a machine without a network
+        out.say("no picture of the verdicts: vl-convert-python is not installed")
+        return
     frame = pl.concat([f.verdict.arms.select(pl.lit(f.name).alias("head"), pl.all()) for f in findings])
     pictures.save(pictures.verdict_chart(frame), folder / "verdict.png")

@@ -21,16 +21,21 @@ def build(
     sidecar: Annotated[bool, typer.Option("--sidecar", help="The drafter alone, for --draft-model.")] = False,
     dtype: Annotated[str, typer.Option("--type", help="Type of the matrices: f16 or f32.")] = "f16",
     seed: Annotated[int, typer.Option("--seed", help="Seed of the values that do not contribute.")] = 0,
+    source: Annotated[
+        Path | None,
+        typer.Option("--source", metavar="FILE", help="Another model that tracekit.model.train wrote [default: ours]."),
+    ] = None,
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
     """Write the reference model, as it is or expanded; expansion keeps its output and raises its cost."""
     _need_gguf()
+    from tracekit.model.build import REFERENCE, inspect
     from tracekit.model.build import build as build_model
-    from tracekit.model.build import inspect
 
+    how, kept = (layers, width, misaligned, sidecar, dtype, seed), source or REFERENCE
     with out.progress("tensors") as update:
-        path = build_model(output, layers, width, misaligned, sidecar, dtype, seed, force=force, progress=update)
+        path = build_model(output, *how, source=kept, force=force, progress=update)
     if json:
         out.print_json(inspect(path))
     out.wrote(path)

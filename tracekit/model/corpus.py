@@ -1,5 +1,7 @@
 """The reference model's text: the Python standard library, split by file into training and held-out documents.
 
+A larger model takes more sources than these (:func:`documents`).
+
 Three kinds of document come out of the same sources, so that one small model has regimes to switch between:
 
 * ``code``: a module without comments and docstrings, as ``ast.unparse`` prints it;
@@ -43,13 +45,23 @@ def is_held_out(name: str) -> bool:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") < HELD_OUT_SHARE * 2**32
 
 
-def documents() -> list[Document]:
-    """Every document of this Python's standard library, in a fixed order."""
-    root = Path(sysconfig.get_paths()["stdlib"])
+def documents(*folders: Path) -> list[Document]:
+    """Every document of this Python's standard library, in a fixed order, then those of the Python sources in
+    ``folders``.
+    """
+    found = _documents_in(Path(sysconfig.get_paths()["stdlib"]), _SKIPPED_DIRS)
+    for topic, text in _topics().items():
+        found.append(Document("prose", f"topics/{topic}", text, is_held_out(f"topics/{topic}")))
+    for folder in folders:
+        found += _documents_in(folder, {"__pycache__"})
+    return found
+
+
+def _documents_in(root: Path, skipped: set[str]) -> list[Document]:
     found: list[Document] = []
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
-        if _SKIPPED_DIRS & set(path.relative_to(root).parts):
+        if skipped & set(path.relative_to(root).parts):
             continue
         try:
             tree = ast.parse(path.read_text("utf-8", errors="ignore"))
@@ -68,8 +80,6 @@ def documents() -> list[Document]:
         snippet = _snippet(name, code)
         if snippet:
             found.append(Document("repeat", name, snippet, held_out))
-    for topic, text in _topics().items():
-        found.append(Document("prose", f"topics/{topic}", text, is_held_out(f"topics/{topic}")))
     return found
 
 

@@ -10,6 +10,9 @@ with fixed seeds and fixed step counts:
    target's hidden states up to the last verified token, and over its own rows after that ("training-time
    test", EAGLE-3, arXiv 2503.01840).
 
+A larger one takes ``--n-embd``, ``--n-layer`` and their like, more text (``--text FOLDER``, any Python sources), and a GPU;
+``tracekit model build --source`` expands it further.
+
 Matrices are optimised by Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon/), the rest by AdamW.
 """
 
@@ -165,6 +168,10 @@ def main() -> None:
     parser.add_argument("--steps-head", type=int, default=400)
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--batch", type=int, default=8, help="rows of 512 tokens per step")
+    parser.add_argument("--n-embd", type=int, default=Shape.n_embd, help="channels, a multiple of 128")
+    parser.add_argument("--n-layer", type=int, default=Shape.n_layer, help="blocks of the trunk")
+    parser.add_argument("--n-ff", type=int, help="width of the feed-forward [default: three times the channels]")
+    parser.add_argument("--text", type=Path, action="append", default=[], metavar="FOLDER", help="more Python sources")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
@@ -172,9 +179,18 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    bf16, device, shape = not args.float32, args.device, Shape()
+    n_head = args.n_embd // Shape.n_embd_head
+    if args.n_embd % Shape.n_embd_head or n_head % 2:
+        parser.error(f"--n-embd {args.n_embd}: a multiple of {2 * Shape.n_embd_head}")
+    for folder in args.text:
+        if not folder.is_dir():
+            parser.error(f"--text {folder}: no such folder")
+    shape = Shape(
+        n_embd=args.n_embd, n_layer=args.n_layer, n_head=n_head, n_head_kv=n_head // 2, n_ff=args.n_ff or 3 * args.n_embd
+    )
+    bf16, device = not args.float32, args.device
 
-    documents = corpus.documents()
+    documents = corpus.documents(*args.text)
     training = [d for d in documents if not d.held_out]
     tokenizer = tokenizer_of([d.text for d in training], shape.n_vocab)
     encoded = [tokenizer.encode(d.text).ids for d in training for _ in range(KIND_WEIGHT[d.kind])]
@@ -243,7 +259,8 @@ def main() -> None:
         )
 
     notes = {
-        "source": f"standard library of Python {platform.python_version()}, {len(training)} training "
+        "source": f"standard library of Python {platform.python_version()}"
+        f"{''.join(f', {folder.name}' for folder in args.text)}, {len(training)} training "
         f"documents, sha256 {corpus.digest(training)}",
         "training": f"seed {args.seed}, {args.steps_joint} + {args.steps_head} steps of {args.batch} x "
         f"{shape.n_ctx_train} tokens, torch {torch.__version__}, {device}",

@@ -41,6 +41,10 @@ from tracekit.trace.store import TraceFile
 
 N_BOOT = 100
 _PLAIN = [kernel.STEPS, kernel.TOKENS, kernel.N_SCALARS + 1]  # of a step that decodes one token
+_OCCASIONS = [  # of a target decode, whatever its width
+    *(kernel.RESHAPES, kernel.CAPTURES, kernel.SETTLING, kernel.FIRSTS),
+    *(kernel.KV, kernel.KV_WIDTH, kernel.KV_ONE, kernel.PAST, kernel.PAST_WIDTH),
+]
 _FIXED = [kernel.LONG_CATCHUPS, kernel.LONG_CATCHUP_ROWS, kernel.PROMPT_CATCHUPS, kernel.PROMPT_CATCHUP_ROWS]
 
 
@@ -136,27 +140,26 @@ def prices_of(steps: Steps, n_max: int, otherwise: np.ndarray | None = None) -> 
     return prices
 
 
+def _occasions(steps: Steps) -> np.ndarray:
+    """The counts :data:`_OCCASIONS` of every step, float64 ``[n, 9]``."""
+    one, w = steps.width == 1, steps.width
+    cells = (steps.kv * ~one, steps.kv * w * ~one, steps.kv * one, steps.past, steps.past * w)
+    return np.column_stack((steps.reshapes, steps.captures, steps.settling, steps.firsts, *cells))
+
+
 def _plain_us(steps: Steps, prices: np.ndarray) -> float | None:
     """What these steps, plain ones, take without context; None where there are none."""
-    per_kv = prices[kernel.KV] + prices[kernel.KV_WIDTH]
-    time = steps.wall - per_kv * steps.kv - prices[kernel.RESHAPES] * steps.reshapes
-    time = time - prices[kernel.CAPTURES] * steps.captures
+    time = steps.wall - _occasions(steps) @ prices[_OCCASIONS]
     return robust_mean(time) if len(time) else None
 
 
 def _price_target(steps: Steps, prices: np.ndarray, n_max: int, before: np.ndarray | None) -> tuple[float, float]:
     """Prices the target's decodes; returns what it takes more after drafts, once and for each decode of them."""
     widths = _layout(n_max)[0]
-    steps = steps.take(steps.width_before <= n_max + 1)  # the first after a prompt is dearer still
-    shapes, cells = (steps.reshapes, steps.captures), (steps.kv, steps.kv * steps.width)
-    beside = np.column_stack((*shapes, steps.decodes > 0, steps.decodes, *cells))
-    reshape, capture, after, each = within(beside, steps.target, steps.width)[:4]
-    time = steps.target - reshape * steps.reshapes - capture * steps.captures
-    time = time - after * (steps.decodes > 0) - each * steps.decodes
-    prices[kernel.CAPTURES] = capture
-    level, slope = slopes(steps.kv, time, steps.width)
-    prices[kernel.RESHAPES], prices[kernel.KV], prices[kernel.KV_WIDTH] = reshape, level, slope
-    time = time - steps.kv * (level + slope * steps.width)
+    beside = np.column_stack((_occasions(steps), steps.decodes > 0, steps.decodes))
+    found = within(beside, steps.target, steps.width)
+    prices[_OCCASIONS], (after, each) = found[:-2], found[-2:]
+    time = steps.target - beside @ found
     known = None if before is None else before[widths]
     prices[widths] = _cells(steps, time, steps.width, n_max, known, "target batches of width")
     return after, each
@@ -242,10 +245,8 @@ def fitted(steps: Steps, prices: np.ndarray, n_max: int) -> np.ndarray:
     """Fitted time of every step, microseconds."""
     widths, catchups = _layout(n_max)
     width, rows = steps.width.astype(int), steps.rows.astype(int)
-    time = prices[kernel.STEPS] + prices[kernel.TOKENS] * steps.emitted + prices[kernel.KV] * steps.kv
-    time += prices[kernel.KV_WIDTH] * steps.kv * steps.width + prices[kernel.RESHAPES] * steps.reshapes
-    time += prices[kernel.CAPTURES] * steps.captures
-    time += prices[widths][width]
+    time = prices[kernel.STEPS] + prices[kernel.TOKENS] * steps.emitted + prices[widths][width]
+    time += _occasions(steps) @ prices[_OCCASIONS]
     drafting = prices[catchups][rows] + steps.decodes * (
         prices[kernel.DRAFT_DECODES] + prices[kernel.KV_DRAFT] * steps.kv
     )

@@ -23,7 +23,7 @@ DRAFT_ROUNDS = 5  # steps in which the drafter ran
 DRAFT_DECODES = 6  # of the MTP context
 TRIPS = 7  # times the policy went from drafting to not drafting
 INEXACT = 8  # steps whose outcome the trace does not determine
-KV = 9  # cells that the target's attention reads, summed over steps
+KV = 9  # cells that the target's attention is given, whole blocks, summed over steps of more than one row
 KV_WIDTH = 10  # the same times the batch width
 KV_DRAFT = 11  # the same cells times MTP decodes
 LONG_CATCHUPS = 12
@@ -36,7 +36,13 @@ OVER = 18  # steps after the policy's NEVER: no hidden states are copied out any
 BARE = 19  # of these, without MTP even loaded: no walk's, but the baseline's
 CAPTURES = 20  # target decodes of the shape of the one before, which was new: CUDA captures the graph it then repeats
 DRAFT_CAPTURES = 21  # the same for the MTP context (source: ggml-cuda.cu, ggml_backend_cuda_graph_compute)
-N_SCALARS = 22
+SETTLING = 22  # over steps without drafts: how many of CALM steps are left until the caches are the target's again
+FIRSTS = 23  # first target decodes after a prompt
+PAST = 24  # tokens in memory, summed over steps: of the cells given, those that flash attention reads on a processor
+PAST_WIDTH = 25  # the same times the batch width
+KV_ONE = 26  # cells given in steps of one row, which backends have kernels of their own for
+N_SCALARS = 27
+CALM = 16  # steps without drafts, after drafts or a prompt, by which that is over; measured on a processor
 KV_BLOCK = 256  # cells are read in whole blocks: llama.cpp, src/llama-kv-cache.cpp, get_n_kv
 
 
@@ -88,7 +94,8 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
     room = min(n_ctx - n_prompt - 1, max_tokens - 1)  # tokens generated before drafts stop fitting
     accepted = emitted = trips = inexact = stopped = kv_stopped = 0
     in_shape = 0  # steps since the shape of the target's batch last changed
-    kv_all = kv_drafted = long_catchups = long_rows = 0
+    calm = settling = 0  # steps without drafts since the last with some, or since the prompt
+    kv_all = kv_one = kv_drafted = past_all = past_drafted = long_catchups = long_rows = 0
     reshapes = captures = draft_reshapes = draft_captures = wide = 0
     match, known = match[first : first + n_generated - 1], known[first : first + n_generated - 1]
     while generated < n_generated:
@@ -138,13 +145,13 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
                     draft_new = behind != 1 and not more
                     rows_before = 1
                     steady = not draft_new
-            behind = 0
-            resting = False
-        elif asked > 0:
+            behind = calm = 0
             resting = False
         else:
-            trips += not resting
-            resting = True
+            trips += asked == 0 and not resting
+            resting = asked == 0
+            settling += max(CALM - calm, 0)
+            calm += 1
         emitted = min(accepted + 1, n_generated - generated)
         counts[np.uint64(width_at + 1 + drafted)] += 1
         kv = n_kv(past + 1 + drafted)
@@ -153,14 +160,18 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
             captures += in_shape > 1
             kv_drafted += in_shape * kv_before * drafted_before
             kv_all += in_shape * kv_before
+            kv_one += in_shape * kv_before * (drafted_before == 0)
             in_shape = 0
             drafted_before = drafted
             kv_before = kv
         in_shape += 1
+        past_all += past
+        past_drafted += past * drafted
         state = learn(params, state, now, Outcome(asked, drafted, accepted, emitted))
         generated += emitted
         behind += emitted
     kv_all += in_shape * kv_before
+    kv_one += in_shape * kv_before * (drafted_before == 0)
     kv_drafted += in_shape * kv_before * drafted_before
     over = n_generated - generated
     if over > 0:  # plain steps to the end
@@ -178,8 +189,12 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
             in_shape = last - (n_kv(last) - KV_BLOCK)
         else:
             in_shape += over
+        kv_one += n_kv_sum(last) - n_kv_sum(before)
         kv_all += n_kv_sum(last) - n_kv_sum(before)
+        past_all += over * before + over * (over - 1) // 2
         counts[width_at + 1] += over
+        unsettled = min(over, max(CALM - calm, 0))
+        settling += unsettled * (CALM - calm) - unsettled * (unsettled - 1) // 2
         accepted = 0
         emitted = 1
     steps = drafted_all = rounds = 0  # the rest is in the histograms
@@ -196,8 +211,8 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
     counts[DRAFT_DECODES] = drafted_all + stopped
     counts[TRIPS] = trips
     counts[INEXACT] = inexact
-    counts[KV] = kv_all
-    counts[KV_WIDTH] = kv_all + kv_drafted
+    counts[KV] = kv_all - kv_one
+    counts[KV_WIDTH] = kv_all - kv_one + kv_drafted
     counts[KV_DRAFT] = kv_drafted + kv_stopped
     counts[LONG_CATCHUPS] = long_catchups
     counts[LONG_CATCHUP_ROWS] = long_rows
@@ -206,6 +221,11 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
     counts[OVER] = over
     counts[CAPTURES] = captures + (in_shape > 1)
     counts[DRAFT_CAPTURES] = draft_captures + wide
+    counts[SETTLING] = settling
+    counts[FIRSTS] = n_generated > 1
+    counts[KV_ONE] = kv_one
+    counts[PAST] = past_all
+    counts[PAST_WIDTH] = past_all + past_drafted
     return state
 
 

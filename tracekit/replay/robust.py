@@ -6,6 +6,7 @@ import numpy as np
 from scipy.optimize import isotonic_regression, nnls
 
 LEAST = 5  # measurements that make a cell
+_MOST = 5  # times the median of its like: whatever took longer did other things as well
 _PIECES = 10  # of a stretch of time that is the only one
 
 
@@ -76,7 +77,8 @@ def blocks_of(block: np.ndarray) -> tuple[np.ndarray, int]:
 
 def within(x: np.ndarray, y: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """How ``y`` grows with each column of ``x``, float64 ``[n, n_columns]``, among equal ``keys``, none negative: least
-    squares of the differences from each key's mean, what is far off pulled in. A column that is constant for every key
+    squares of the differences from each key's mean, what is far off pulled in, beginning with what took more than
+    :data:`_MOST` times its key's median. A column that is constant for every key
     gets 0.
     """
     if not len(y):
@@ -90,6 +92,8 @@ def within(x: np.ndarray, y: np.ndarray, keys: np.ndarray) -> np.ndarray:
     columns = np.column_stack([apart(column) for column in x.T.astype(float)])
     scale = np.sqrt((columns**2).sum(0))
     columns = np.where(scale > 1e-9 * (1 + np.abs(x).max(0)), columns / np.maximum(scale, 1e-300), 0.0)
+    medians = np.array([np.median(y[of]) for of in members(groups, len(counts))])
+    y = np.minimum(y, _MOST * np.maximum(medians, 0)[groups])
     wanted, found = apart(y), np.zeros(x.shape[1])
     for _ in range(4):
         found = nnls(columns, wanted)[0]

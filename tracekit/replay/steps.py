@@ -35,11 +35,14 @@ class Steps:
     block: np.ndarray  # consecutive requests of one prompt: close together in time
     mtp: np.ndarray
     loaded: np.ndarray  # without MTP, where it was loaded and snapshots of the state were taken all the same
-    kv: np.ndarray  # cells that attention read
+    kv: np.ndarray  # cells that attention was given, whole blocks
+    past: np.ndarray  # tokens in memory
     width: np.ndarray
     width_before: np.ndarray  # of the target decode before
     reshapes: np.ndarray  # whether that had another shape: another width, or more or fewer cells
     captures: np.ndarray  # whether that had the same shape, but the one before it another
+    settling: np.ndarray  # as the kernel's SETTLING
+    firsts: np.ndarray  # whether a prompt was read in the step before
     emitted: np.ndarray
     decodes: np.ndarray
     rows: np.ndarray  # of the first MTP decode
@@ -80,16 +83,24 @@ class Steps:
                    SELECT run, request, count(*) FILTER (WHERE new) OVER (ORDER BY run, request) - 1 AS block
                    FROM (SELECT *, prompt_id = '' OR prompt_id IS DISTINCT FROM
                                    lag(prompt_id) OVER (PARTITION BY run ORDER BY request) AS new FROM requests)),
+               stretches AS (
+                   SELECT *, count(*) FILTER (n_draft_decodes > 0 OR n_prompt > 0) OVER (PARTITION BY run ORDER BY step)
+                          AS stretch FROM steps),
+               calmer AS (
+                   SELECT *, CASE WHEN n_draft_decodes > 0 OR n_prompt > 0 THEN 0 ELSE greatest(0, $calm + 1 -
+                          count(*) FILTER (n_draft_decodes = 0 AND n_prompt = 0)
+                          OVER (PARTITION BY run, stretch ORDER BY step)) END AS settling FROM stretches),
                target AS (
                    SELECT *, (n_tokens, (n_past + n_tokens - 1) // $cells) AS shape,
                           lag(n_tokens) OVER before AS width_before,
                           shape IS DISTINCT FROM lag(shape) OVER before AS reshapes,
-                          NOT reshapes AND shape IS DISTINCT FROM lag(shape, 2) OVER before AS captures
-                   FROM steps WINDOW before AS (PARTITION BY run ORDER BY step))
-               SELECT block, mtp, n_past,
+                          NOT reshapes AND shape IS DISTINCT FROM lag(shape, 2) OVER before AS captures,
+                          coalesce(lag(n_prompt) OVER before, 1) > 0 AS firsts
+                   FROM calmer WINDOW before AS (PARTITION BY run ORDER BY step))
+               SELECT block, mtp,
                       NOT mtp AND arm <> 'no_mtp' AND settings->>'memory' = 'snapshot' AS loaded,
-                      n_tokens AS width, coalesce(width_before, 0) AS width_before, reshapes, captures,
-                      len(v.tokens) AS emitted,
+                      n_past AS kv, n_past AS past, n_tokens AS width, coalesce(width_before, 0) AS width_before, reshapes, captures,
+                      settling, firsts, len(v.tokens) AS emitted,
                       n_draft_decodes AS decodes, n_catchup AS rows, coalesce(rows_before, 0) AS rows_before,
                       coalesce(draft_new_before, true) AS draft_new_before,
                       target_us AS target, first_draft_us AS first, draft_us AS draft, catchup_us AS catchup,
@@ -100,12 +111,11 @@ class Steps:
                      AND n_tokens <= $most AND n_catchup <= $most ORDER BY run, step""",
             most=n_max + 1,
             cells=kernel.KV_BLOCK,
+            calm=kernel.CALM,
         )
         if frame.is_empty():
             raise TracekitError(f"{trace.path}: no step of one slot alone, whose costs are wanted; {alone}")
-        frame = frame.with_columns(kv=pl.Series(kernel.n_kv((frame["n_past"] + frame["width"]).to_numpy()))).drop(
-            "n_past"
-        )
+        frame = frame.with_columns(kv=pl.Series(kernel.n_kv((frame["past"] + frame["width"]).to_numpy())))
         several = trace.frame("SELECT max((settings->>'n_slots')::INT) AS n FROM runs")["n"][0] > 1
         advice = alone if several and not calibration else _MORE[verb]
         columns = {c: frame[c].cast(pl.Float64).to_numpy() for c in frame.columns}

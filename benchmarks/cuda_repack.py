@@ -3,7 +3,8 @@
     python benchmarks/cuda_repack.py WHEEL FOLDER
     python benchmarks/cuda_repack.py --trips MEGABYTES FOLDER
 
-The second sorts FOLDER's wheels into FOLDER/trip-1, trip-2, ... of at most so many megabytes each, links to the same files.
+The second sorts FOLDER's wheels into FOLDER/trip-1, trip-2, ... of at most so many megabytes each (links to the same
+files).
 llama-cpp-python's build stores each library under three names in two folders; of that wheel one copy is kept. What is
 loaded is in ``llama_cpp/lib``: ``libllama.so`` by name and the others by their soname.
 """

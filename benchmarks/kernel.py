@@ -37,8 +37,8 @@ void walk(int policy, int64_t n_max, double min_ratio, int zero_trip, int64_t re
     for (int64_t r = 0; r < n_requests; r++) {
         int64_t *counts = out + r * n_counts, g = 1, behind = n_max ? 1 : n_prompt[r] + 1, before = 0;
         int64_t accepted = 0, emitted = 0, trips = 0, inexact = 0, kv_all = 0, kv_drafted = 0, lc = 0, lr = 0;
-        int64_t past_all = 0, past_drafted = 0, kv_one = 0;
-        int64_t reshapes = 0, draft_reshapes = 0, drafted_before = -1, kv_before = -1, rows_before = 0, plain = 0;
+        int64_t past_width = 0, kv_one = 0, captures_one = 0;
+        int64_t draft_reshapes = 0, drafted_before = -1, kv_before = -1, rows_before = 0, plain = 0;
         int64_t captures = 0, draft_captures = 0, settling = 0, calm = 0;
         bool fresh = false, draft_fresh = false;
         int64_t room = MIN(n_ctx[r] - n_prompt[r] - 1, max_tokens[r] - 1);
@@ -70,15 +70,15 @@ void walk(int policy, int64_t n_max, double min_ratio, int zero_trip, int64_t re
             int64_t kv = (past + 1 + drafted + 255) & -256;
             bool other = drafted != drafted_before || kv != kv_before;
             captures += fresh && !other;
+            captures_one += fresh && !other && !drafted;
             fresh = other;
-            reshapes += fresh;
+            counts[SCALARS + 2 * widths + 1 + drafted] += fresh;
             drafted_before = drafted;
             kv_before = kv;
             kv_all += kv;
             kv_drafted += kv * drafted;
             kv_one += drafted ? 0 : kv;
-            past_all += past;
-            past_drafted += past * drafted;
+            past_width += past * (drafted + 1);
             if (policy) {
                 if (tripped) {
                     plain += emitted;
@@ -99,9 +99,9 @@ void walk(int policy, int64_t n_max, double min_ratio, int zero_trip, int64_t re
         int64_t s[SCALARS] = {steps, steps - counts[SCALARS + 1], drafted,
                               n_generated[r] - 1 - steps + accepted + 1 - emitted, n_generated[r] - 1, rounds, drafted,
                               trips, inexact, kv_all - kv_one, kv_all - kv_one + kv_drafted, kv_drafted, lc, lr,
-                              n_max > 0, n_max ? n_prompt[r] : 0, reshapes, draft_reshapes, 0, 0,
-                              captures, draft_captures, settling, n_generated[r] > 1,
-                              past_all, past_all + past_drafted, kv_one};
+                              n_max > 0, n_max ? n_prompt[r] : 0, draft_reshapes, 0, 0,
+                              captures - captures_one, captures_one, draft_captures, settling, n_generated[r] > 1,
+                              past_width, kv_one};
         for (int i = 0; i < SCALARS; i++) counts[i] = s[i];
     }
 }

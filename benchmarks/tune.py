@@ -16,7 +16,7 @@ import numpy as np
 from kernel import N_MAX, positions
 
 from tracekit.replay import kernel as walk
-from tracekit.replay.costs import N_BOOT, CostModel
+from tracekit.replay.costs import N_BOOT, CostModel, layout
 from tracekit.replay.league import League
 from tracekit.tune.search import held_out_counts, search
 from tracekit.tune.space import default_space, grid
@@ -26,9 +26,8 @@ def cost_model() -> CostModel:
     """Drafting at a twentieth of a target decode, nine tokens verified for three times the price of one."""
     prices = np.zeros(walk.n_counts(N_MAX))
     prices[walk.STEPS], prices[walk.TOKENS], prices[walk.DRAFT_DECODES] = 50, 10, 400
-    widths = slice(walk.N_SCALARS + 1, walk.N_SCALARS + N_MAX + 2)
-    prices[widths] = np.linspace(8000, 24000, N_MAX + 1)
-    prices[walk.N_SCALARS + N_MAX + 2 :] = np.linspace(0, 300, N_MAX + 2)
+    widths, catchups, _ = layout(N_MAX)
+    prices[widths][1:], prices[catchups] = np.linspace(8000, 24000, N_MAX + 1), np.linspace(0, 300, N_MAX + 2)
     prices[walk.LONG_CATCHUP_ROWS] = 30
     noise = np.random.default_rng(0).normal(1, 0.01, (N_BOOT, len(prices)))
     return CostModel(N_MAX, prices, prices * noise, None, 0.01, 0, 1 << 20, 2)

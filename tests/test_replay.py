@@ -16,7 +16,7 @@ from tracekit.policy.spec import parse, parse_one
 from tracekit.replay import kernel, link
 from tracekit.replay.arrays import ANY
 from tracekit.replay.clairvoyant import clairvoyant_us
-from tracekit.replay.costs import CostModel
+from tracekit.replay.costs import CostModel, layout
 from tracekit.replay.serving import Serving
 from tracekit.replay.simulate import arrays_of, counts, rounds, times
 from tracekit.testing import random_positions
@@ -37,16 +37,16 @@ def made_up_cost(seed, n_max=8):
     rng = np.random.default_rng(seed)
     prices = np.zeros(kernel.n_counts(n_max))
     prices[[kernel.STEPS, kernel.TOKENS, kernel.DRAFT_ROUNDS, kernel.DRAFT_DECODES]] = rng.uniform(1, 100, 4)
-    context = kernel.KV, kernel.KV_WIDTH, kernel.KV_ONE, kernel.KV_DRAFT, kernel.PAST, kernel.PAST_WIDTH
-    prices[[*context]] = rng.uniform(0, 0.1, 6)
-    prices[[kernel.SETTLING, kernel.FIRSTS, kernel.RESHAPES, kernel.CAPTURES]] = rng.uniform(0, 50, 4)
-    widths, catchups = kernel.N_SCALARS, kernel.N_SCALARS + n_max + 2
-    prices[widths + 1 : catchups] = np.sort(rng.uniform(100, 5000, n_max + 1))
-    prices[catchups + 1 :] = np.sort(rng.uniform(10, 500, n_max + 1))
+    prices[[kernel.KV, kernel.KV_WIDTH, kernel.KV_ONE, kernel.KV_DRAFT, kernel.PAST_WIDTH]] = rng.uniform(0, 0.1, 5)
+    prices[[kernel.SETTLING, kernel.FIRSTS, kernel.CAPTURES, kernel.CAPTURES_ONE]] = rng.uniform(0, 50, 4)
+    widths, catchups, reshaped = layout(n_max)
+    prices[widths][1:] = np.sort(rng.uniform(100, 5000, n_max + 1))
+    prices[catchups][1:] = np.sort(rng.uniform(10, 500, n_max + 1))
+    prices[reshaped] = rng.uniform(0, 50, n_max + 2)
     slope = rng.uniform(0, 50)
     prices[kernel.LONG_CATCHUP_ROWS] = slope
-    prices[kernel.LONG_CATCHUPS] = prices[-1] - slope * (n_max + 1)
-    prices[kernel.BARE] = -0.1 * prices[kernel.STEPS] - prices[kernel.TOKENS] - 0.01 * prices[widths + 1]
+    prices[kernel.LONG_CATCHUPS] = prices[catchups][-1] - slope * (n_max + 1)
+    prices[kernel.BARE] = -0.1 * prices[kernel.STEPS] - prices[kernel.TOKENS] - 0.01 * prices[widths][1]
     return CostModel(n_max, prices, prices[None], None, 0.0, 0, 1 << 20, 2)
 
 
@@ -70,13 +70,13 @@ def test_counts_add_up(seed):
     """llama.cpp's accounting identity and the histograms: every token comes from a step or an accepted draft."""
     p = made_up(seed)
     c = counts(POLICIES, p)
-    widths = c[:, :, kernel.N_SCALARS : kernel.N_SCALARS + 10]
-    catchups = c[:, :, kernel.N_SCALARS + 10 :]
+    widths, catchups, reshaped = (c[:, :, of] for of in layout(8))
     tokens, steps, accepted = c[:, :, kernel.TOKENS], c[:, :, kernel.STEPS], c[:, :, kernel.ACCEPTED]
     assert (tokens == p.n_generated - 1).all()
     # a request may end inside a verification, on a draft: then that step has no token of its own
     assert ((tokens - accepted - steps == 0) | (tokens - accepted - steps == -1)).all()
     assert (widths.sum(-1) == steps).all()
+    assert (reshaped <= widths).all()
     assert ((widths * np.arange(10)).sum(-1) == steps + c[:, :, kernel.DRAFTED]).all()
     assert (catchups.sum(-1) + c[:, :, kernel.LONG_CATCHUPS] == c[:, :, kernel.DRAFT_ROUNDS]).all()
     assert (c[:, :, kernel.ACCEPTED] <= c[:, :, kernel.DRAFTED]).all()
@@ -106,9 +106,8 @@ def test_clairvoyant_reaches_what_is_possible():
     from dataclasses import replace
 
     p = replace(p, match=perfect)
-    cost.prices[: kernel.N_SCALARS] = 0
-    cost.prices[kernel.N_SCALARS :] = 1.0
-    cost.prices[kernel.N_SCALARS + 10 :] = 0.0
+    cost.prices[:] = 0.0
+    cost.prices[layout(8)[0]] = 1.0
     best = min(times(parse("static:n_max=8"), p, cost.prices)[0])
     assert clairvoyant_us(p, cost).min() == pytest.approx(best)
 

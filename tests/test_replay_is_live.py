@@ -9,6 +9,7 @@ from tracekit.engine import Engine
 from tracekit.policy.spec import parse_one
 from tracekit.replay import kernel
 from tracekit.replay.arrays import ANY, positions
+from tracekit.replay.costs import layout
 from tracekit.replay.simulate import counts, rounds
 from tracekit.replay.steps import Steps
 from tracekit.trace.store import open_trace
@@ -36,9 +37,9 @@ def test_replay_equals_live(engine, probe_traces, temp, text):
     "text", ["static:n_max=1", "static:n_max=2", "static:n_max=6", "static:n_max=6,p_min=0.4", "fallback:n_max=6"]
 )
 def test_replay_counts_the_shapes_of_live_decodes(engine, probe_traces, tmp_path, text):
-    """How often a decode has another shape than the one before, how often that shape comes up again right after it (CUDA
-    captures a graph then), how many plain decodes followed upon drafts or a prompt, and how soon: the walk counts what
-    a live trace of the policy holds.
+    """How often a decode has another shape than the one before, how often that shape comes up again right after it
+    (CUDA captures a graph then), how many plain decodes followed upon drafts or a prompt, and how soon: the walk
+    counts what a live trace of the policy holds.
     """
     policy, path = parse_one(text), tmp_path / "live.duckdb"
     p = positions(open_trace(probe_traces[0.0]))
@@ -51,15 +52,16 @@ def test_replay_counts_the_shapes_of_live_decodes(engine, probe_traces, tmp_path
     live = steps.take(np.arange(len(steps.wall)) < len(steps.wall) - len(rounds(parse_one("off"), p)[0]))
     counted = counts([policy], p)[0].sum(0)
     assert counted[kernel.STEPS] == len(live.wall)
-    assert counted[kernel.RESHAPES] == live.reshapes.sum()
-    assert counted[kernel.CAPTURES] == live.captures.sum()
+    reshaped = counted[layout(engine.settings.n_max)[2]]
+    assert reshaped.tolist() == np.bincount(live.width.astype(int), live.reshapes, len(reshaped)).tolist()
+    assert counted[kernel.CAPTURES] == live.captures[live.width > 1].sum()
+    assert counted[kernel.CAPTURES_ONE] == live.captures[live.width == 1].sum()
     assert counted[kernel.DRAFT_RESHAPES] == sum(live.draft_reshapes).sum()
     assert counted[kernel.DRAFT_CAPTURES] == sum(live.draft_captures).sum()
-    assert counted[kernel.PAST] == live.past.sum()
     assert counted[kernel.PAST_WIDTH] == (live.past * live.width).sum()
     assert counted[kernel.SETTLING] == live.settling.sum()
     assert counted[kernel.FIRSTS] == live.firsts.sum() == len(wanted)
-    assert min(counted[kernel.CAPTURES], counted[kernel.DRAFT_RESHAPES]) > 0
+    assert min(counted[[kernel.CAPTURES, kernel.CAPTURES_ONE]].sum(), counted[kernel.DRAFT_RESHAPES]) > 0
 
 
 def test_probe_generates_what_the_engine_generates(engine, probe_traces):

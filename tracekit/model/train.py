@@ -10,8 +10,8 @@ with fixed seeds and fixed step counts:
    target's hidden states up to the last verified token, and over its own rows after that ("training-time
    test", EAGLE-3, arXiv 2503.01840).
 
-A larger one takes ``--n-embd``, ``--n-layer`` and their like, more text (``--text FOLDER``, any Python sources), and a GPU;
-``tracekit model build --source`` expands it further.
+A larger one takes ``--n-embd``, ``--n-layer`` and their like, more text (``--text FOLDER``, any Python sources), and a
+GPU; ``tracekit model build --source`` expands it further.
 
 Matrices are optimised by Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon/), the rest by AdamW.
 """
@@ -186,7 +186,11 @@ def main() -> None:
         if not folder.is_dir():
             parser.error(f"--text {folder}: no such folder")
     shape = Shape(
-        n_embd=args.n_embd, n_layer=args.n_layer, n_head=n_head, n_head_kv=n_head // 2, n_ff=args.n_ff or 3 * args.n_embd
+        n_embd=args.n_embd,
+        n_layer=args.n_layer,
+        n_head=n_head,
+        n_head_kv=n_head // 2,
+        n_ff=args.n_ff or 3 * args.n_embd,
     )
     bf16, device = not args.float32, args.device
 

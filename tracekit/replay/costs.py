@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import polars as pl
@@ -33,6 +34,7 @@ from tracekit.replay.robust import (
     robust_mean,
     slopes,
     slowness_of,
+    trend,
     widened,
     within,
 )
@@ -42,8 +44,8 @@ from tracekit.trace.store import TraceFile
 N_BOOT = 100
 _PLAIN = [kernel.STEPS, kernel.TOKENS, kernel.N_SCALARS + 1]  # of a step that decodes one token
 _OCCASIONS = [  # of a target decode, whatever its width
-    *(kernel.RESHAPES, kernel.CAPTURES, kernel.SETTLING, kernel.FIRSTS),
-    *(kernel.KV, kernel.KV_WIDTH, kernel.KV_ONE, kernel.PAST, kernel.PAST_WIDTH),
+    *(kernel.CAPTURES, kernel.CAPTURES_ONE, kernel.SETTLING, kernel.FIRSTS),
+    *(kernel.KV, kernel.KV_WIDTH, kernel.KV_ONE, kernel.PAST_WIDTH),
 ]
 _FIXED = [kernel.LONG_CATCHUPS, kernel.LONG_CATCHUP_ROWS, kernel.PROMPT_CATCHUPS, kernel.PROMPT_CATCHUP_ROWS]
 
@@ -100,10 +102,10 @@ def fit(trace: TraceFile, n_max: int, n_boot: int = N_BOOT, seed: int = 0) -> Co
     )
 
 
-def _layout(n_max: int) -> tuple[slice, slice]:
-    """Where the prices of target widths and of catch-up rows (0 .. n_max + 1 each) are."""
-    start, size = kernel.N_SCALARS, n_max + 2
-    return slice(start, start + size), slice(start + size, start + 2 * size)
+def layout(n_max: int) -> tuple[slice, slice, slice]:
+    """Where the prices of target widths, of catch-up rows, and of widths that are new (0 .. n_max + 1 each) are."""
+    starts = [kernel.N_SCALARS + i * (n_max + 2) for i in range(4)]
+    return tuple(slice(*of) for of in pairwise(starts))
 
 
 def steadied(steps: Steps, n_max: int) -> tuple[Steps, np.ndarray]:
@@ -111,12 +113,15 @@ def steadied(steps: Steps, n_max: int) -> tuple[Steps, np.ndarray]:
     steps).
 
     A shared machine's speed drifts by tens of per cent within minutes. Every block holds steps of many kinds, so
-    its slowness is the median of measured over fitted time; fit and slowness are refined in turn.
+    its slowness is the median of measured over fitted time; fit and slowness are refined in turn. What goes with the
+    length of a block's requests is no drift, but the price of context, of which there is little within one.
     """
     blocks, slowness = steps.block.astype(int), np.ones(int(steps.block.max()) + 1)
     of_block, steady = members(blocks, len(slowness)), steps
+    length = np.bincount(blocks, steps.past) / np.maximum(np.bincount(blocks), 1)
     for _ in range(3):
         slowness *= slowness_of(steady.wall / fitted(steady, prices_of(steady, n_max), n_max), of_block)
+        slowness /= np.exp(trend(length, np.log(slowness), np.bincount(blocks)))
         slowness /= slowness[blocks].mean()
         steady = steps.slowed(1 / slowness[blocks])
     return steady, slowness
@@ -130,8 +135,8 @@ def prices_of(steps: Steps, n_max: int, otherwise: np.ndarray | None = None) -> 
     _price_host(on, prices)
     prices[kernel.DRAFT_ROUNDS] += after
     prices[kernel.DRAFT_DECODES] += each
-    bare = _plain_us(steps.take((steps.mtp == 0) & (steps.loaded == 0)), prices)
-    loaded = _plain_us(steps.take(steps.loaded == 1), prices)
+    bare = _plain_us(steps.take((steps.mtp == 0) & (steps.loaded == 0)), prices, n_max)
+    loaded = _plain_us(steps.take(steps.loaded == 1), prices, n_max)
     if otherwise is not None:
         bare = otherwise[[*_PLAIN, kernel.OVER, kernel.BARE]].sum() if bare is None else bare
         loaded = bare - otherwise[kernel.BARE] if loaded is None else loaded
@@ -141,24 +146,27 @@ def prices_of(steps: Steps, n_max: int, otherwise: np.ndarray | None = None) -> 
 
 
 def _occasions(steps: Steps) -> np.ndarray:
-    """The counts :data:`_OCCASIONS` of every step, float64 ``[n, 9]``."""
+    """The counts :data:`_OCCASIONS` of every step, float64 ``[n, 8]``."""
     one, w = steps.width == 1, steps.width
-    cells = (steps.kv * ~one, steps.kv * w * ~one, steps.kv * one, steps.past, steps.past * w)
-    return np.column_stack((steps.reshapes, steps.captures, steps.settling, steps.firsts, *cells))
+    cells = (steps.kv * ~one, steps.kv * w * ~one, steps.kv * one, steps.past * w)
+    return np.column_stack((steps.captures * ~one, steps.captures * one, steps.settling, steps.firsts, *cells))
 
 
-def _plain_us(steps: Steps, prices: np.ndarray) -> float | None:
+def _plain_us(steps: Steps, prices: np.ndarray, n_max: int) -> float | None:
     """What these steps, plain ones, take without context; None where there are none."""
-    time = steps.wall - _occasions(steps) @ prices[_OCCASIONS]
+    time = steps.wall - _occasions(steps) @ prices[_OCCASIONS] - prices[layout(n_max)[2]][1] * steps.reshapes
     return robust_mean(time) if len(time) else None
 
 
 def _price_target(steps: Steps, prices: np.ndarray, n_max: int, before: np.ndarray | None) -> tuple[float, float]:
     """Prices the target's decodes; returns what it takes more after drafts, once and for each decode of them."""
-    widths = _layout(n_max)[0]
-    beside = np.column_stack((_occasions(steps), steps.decodes > 0, steps.decodes))
+    widths, _, reshaped = layout(n_max)
+    one = steps.width == 1
+    new = np.column_stack((steps.reshapes * one, steps.reshapes * ~one))
+    beside = np.column_stack((_occasions(steps), new, steps.decodes > 0, steps.decodes))
     found = within(beside, steps.target, steps.width)
-    prices[_OCCASIONS], (after, each) = found[:-2], found[-2:]
+    prices[_OCCASIONS], (after, each) = found[:-4], found[-2:]
+    prices[reshaped] = np.r_[0.0, found[-4], np.full(n_max, found[-3])]
     time = steps.target - beside @ found
     known = None if before is None else before[widths]
     prices[widths] = _cells(steps, time, steps.width, n_max, known, "target batches of width")
@@ -166,7 +174,7 @@ def _price_target(steps: Steps, prices: np.ndarray, n_max: int, before: np.ndarr
 
 
 def _price_drafting(steps: Steps, prices: np.ndarray, n_max: int, before: np.ndarray | None, each: float) -> None:
-    rounds, catchups = steps.take(steps.decodes > 0), _layout(n_max)[1]
+    rounds, catchups = steps.take(steps.decodes > 0), layout(n_max)[1]
     if not len(rounds.wall):
         if before is not None:
             shapes = kernel.DRAFT_RESHAPES, kernel.DRAFT_CAPTURES
@@ -243,10 +251,10 @@ def _cells(
 
 def fitted(steps: Steps, prices: np.ndarray, n_max: int) -> np.ndarray:
     """Fitted time of every step, microseconds."""
-    widths, catchups = _layout(n_max)
+    widths, catchups, reshaped = layout(n_max)
     width, rows = steps.width.astype(int), steps.rows.astype(int)
     time = prices[kernel.STEPS] + prices[kernel.TOKENS] * steps.emitted + prices[widths][width]
-    time += _occasions(steps) @ prices[_OCCASIONS]
+    time += _occasions(steps) @ prices[_OCCASIONS] + prices[reshaped][width] * steps.reshapes
     drafting = prices[catchups][rows] + steps.decodes * (
         prices[kernel.DRAFT_DECODES] + prices[kernel.KV_DRAFT] * steps.kv
     )
@@ -285,7 +293,7 @@ def measured_cells(parts: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> pl.Da
 def _price_long_catchups(prompt_line: tuple[float, float] | None, prices: np.ndarray, n_max: int) -> None:
     """Rows beyond the table: the line of prompts' catch-ups or, without it, the table's slope."""
     edge = n_max + 1
-    first = prices[_layout(n_max)[1]] + prices[kernel.DRAFT_DECODES]
+    first = prices[layout(n_max)[1]] + prices[kernel.DRAFT_DECODES]
     fixed, per_row = prompt_line or (first[1], (first[-1] - first[1]) / n_max)
     prices[kernel.PROMPT_CATCHUPS], prices[kernel.PROMPT_CATCHUP_ROWS] = fixed, per_row
     prices[kernel.LONG_CATCHUP_ROWS] = per_row

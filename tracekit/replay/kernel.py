@@ -6,7 +6,8 @@ happened rather than adding up time, so its counts are exact and any cost model 
 
 Counts of one request, int64 ``[n_counts(n_max)]``: the scalars named below, then a histogram of target batch widths
 (0 .. ``n_max + 1``), then one of rows in the first MTP decode of a round (0 .. ``n_max + 1``; longer ones are in
-LONG_CATCHUPS and LONG_CATCHUP_ROWS).
+LONG_CATCHUPS and LONG_CATCHUP_ROWS), then one of the widths of those target batches that had another shape, another
+width or more cells, than the one before: llama.cpp builds a new graph for them.
 """
 
 import numpy as np
@@ -30,20 +31,20 @@ LONG_CATCHUPS = 12
 LONG_CATCHUP_ROWS = 13
 PROMPT_CATCHUPS = 14  # prompts caught up while they were read, because the policy drafts right after them
 PROMPT_CATCHUP_ROWS = 15
-RESHAPES = 16  # target decodes of another width, or over more cells, than the one before: llama.cpp builds a new graph
-DRAFT_RESHAPES = 17  # MTP decodes of another number of rows than the one before
-OVER = 18  # steps after the policy's NEVER: no hidden states are copied out any more
-BARE = 19  # of these, without MTP even loaded: no walk's, but the baseline's
-CAPTURES = 20  # target decodes of the shape of the one before, which was new: CUDA captures the graph it then repeats
+DRAFT_RESHAPES = 16  # MTP decodes of another number of rows than the one before
+OVER = 17  # steps after the policy's NEVER: no hidden states are copied out any more
+BARE = 18  # of these, without MTP even loaded: no walk's, but the baseline's
+CAPTURES = 19  # target decodes of several rows and the shape of the one before, which was new: CUDA captures the graph
+CAPTURES_ONE = 20  # the same of one row
 DRAFT_CAPTURES = 21  # the same for the MTP context (source: ggml-cuda.cu, ggml_backend_cuda_graph_compute)
 SETTLING = 22  # over steps without drafts: how many of CALM steps are left until the caches are the target's again
 FIRSTS = 23  # first target decodes after a prompt
-PAST = 24  # tokens in memory, summed over steps: of the cells given, those that flash attention reads on a processor
-PAST_WIDTH = 25  # the same times the batch width
-KV_ONE = 26  # cells given in steps of one row, which backends have kernels of their own for
-N_SCALARS = 27
+PAST_WIDTH = 24  # tokens in memory times the batch width: of the cells, those that flash attention reads on a processor
+KV_ONE = 25  # cells given in steps of one row, which backends have kernels of their own for
+N_SCALARS = 26
 CALM = 16  # steps without drafts, after drafts or a prompt, by which that is over; measured on a processor
 KV_BLOCK = 256  # cells are read in whole blocks: llama.cpp, src/llama-kv-cache.cpp, get_n_kv
+_SHAPE = 1 << 16  # a batch's cells times this, and its drafts: its shape in one number
 
 
 def n_kv(n_tokens):
@@ -60,7 +61,7 @@ def n_kv_sum(n_tokens):
 
 def n_counts(n_max):
     """Length of the counts for drafts of up to ``n_max`` tokens."""
-    return N_SCALARS + 2 * (n_max + 2)
+    return N_SCALARS + 3 * (n_max + 2)
 
 
 def params_of(row):
@@ -80,6 +81,7 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
     n_max = probs.shape[1]
     width_at = N_SCALARS
     catchup_at = N_SCALARS + n_max + 2
+    reshaped_at = N_SCALARS + 2 * (n_max + 2)
     generated = 1
     behind = n_prompt + 1  # rows the MTP context has not seen, the last token's included
     asked, p_min = decide(params, state, Now(1, n_prompt, max_tokens - 1, 1))
@@ -88,15 +90,15 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
         counts[PROMPT_CATCHUP_ROWS] = n_prompt
         behind = 1
     resting = True  # the policy wanted no drafts the last time it was asked
-    drafted_before = kv_before = -1  # of the target's last decode; a prompt's, never equal
+    shape_before = -1  # of the target's last decode; a prompt's, never equal
     rows_before = 0  # of the MTP context's last decode, likewise
     draft_new = steady = False  # whether that was another shape than the one before; whether it was one row again
     room = min(n_ctx - n_prompt - 1, max_tokens - 1)  # tokens generated before drafts stop fitting
     accepted = emitted = trips = inexact = stopped = kv_stopped = 0
     in_shape = 0  # steps since the shape of the target's batch last changed
     calm = settling = 0  # steps without drafts since the last with some, or since the prompt
-    kv_all = kv_one = kv_drafted = past_all = past_drafted = long_catchups = long_rows = 0
-    reshapes = captures = draft_reshapes = draft_captures = wide = 0
+    kv_all = kv_one = kv_drafted = past_width = long_catchups = long_rows = 0
+    captures = captures_one = draft_reshapes = draft_captures = wide = 0
     match, known = match[first : first + n_generated - 1], known[first : first + n_generated - 1]
     while generated < n_generated:
         past = n_prompt + generated - 1
@@ -154,49 +156,56 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
             calm += 1
         emitted = min(accepted + 1, n_generated - generated)
         counts[np.uint64(width_at + 1 + drafted)] += 1
-        kv = n_kv(past + 1 + drafted)
-        if drafted != drafted_before or kv != kv_before:
-            reshapes += 1
+        shape = n_kv(past + 1 + drafted) * _SHAPE + drafted
+        if shape != shape_before:
+            counts[np.uint64(reshaped_at + 1 + drafted)] += 1
+            one = shape_before % _SHAPE == 0
+            cells = in_shape * (shape_before // _SHAPE)
             captures += in_shape > 1
-            kv_drafted += in_shape * kv_before * drafted_before
-            kv_all += in_shape * kv_before
-            kv_one += in_shape * kv_before * (drafted_before == 0)
+            captures_one += in_shape > 1 and one
+            kv_drafted += cells * (shape_before % _SHAPE)
+            kv_all += cells
+            kv_one += cells * one
             in_shape = 0
-            drafted_before = drafted
-            kv_before = kv
+            shape_before = shape
         in_shape += 1
-        past_all += past
-        past_drafted += past * drafted
+        past_width += past * (drafted + 1)
         state = learn(params, state, now, Outcome(asked, drafted, accepted, emitted))
         generated += emitted
         behind += emitted
-    kv_all += in_shape * kv_before
-    kv_one += in_shape * kv_before * (drafted_before == 0)
-    kv_drafted += in_shape * kv_before * drafted_before
+    one = shape_before % _SHAPE == 0
+    cells = in_shape * (shape_before // _SHAPE)
+    kv_all += cells
+    kv_one += cells * one
+    kv_drafted += cells * (shape_before % _SHAPE)
     over = n_generated - generated
     if over > 0:  # plain steps to the end
         trips += not resting
         before, last = n_prompt + generated - 1, n_prompt + n_generated - 1
         kv = n_kv(before + 1)
-        if drafted_before != 0 or kv_before != kv:
-            reshapes += 1
+        if shape_before != kv * _SHAPE:
+            counts[reshaped_at + 1] += 1
             captures += in_shape > 1
+            captures_one += in_shape > 1 and one
             in_shape = 0
         blocks = (n_kv(last) - kv) // KV_BLOCK  # entered on the way
-        reshapes += blocks
+        counts[reshaped_at + 1] += blocks
         if blocks > 0:
-            captures += (in_shape + kv - before > 1) + blocks - 1
+            captured = (in_shape + kv - before > 1) + blocks - 1
+            captures += captured
+            captures_one += captured
             in_shape = last - (n_kv(last) - KV_BLOCK)
         else:
             in_shape += over
         kv_one += n_kv_sum(last) - n_kv_sum(before)
         kv_all += n_kv_sum(last) - n_kv_sum(before)
-        past_all += over * before + over * (over - 1) // 2
+        past_width += over * before + over * (over - 1) // 2
         counts[width_at + 1] += over
         unsettled = min(over, max(CALM - calm, 0))
         settling += unsettled * (CALM - calm) - unsettled * (unsettled - 1) // 2
         accepted = 0
         emitted = 1
+        one = True
     steps = drafted_all = rounds = 0  # the rest is in the histograms
     for n in range(n_max + 1):
         steps += counts[width_at + 1 + n]
@@ -216,16 +225,16 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
     counts[KV_DRAFT] = kv_drafted + kv_stopped
     counts[LONG_CATCHUPS] = long_catchups
     counts[LONG_CATCHUP_ROWS] = long_rows
-    counts[RESHAPES] = reshapes
     counts[DRAFT_RESHAPES] = draft_reshapes + 2 * wide
     counts[OVER] = over
-    counts[CAPTURES] = captures + (in_shape > 1)
+    captures_one += in_shape > 1 and one
+    counts[CAPTURES] = captures + (in_shape > 1) - captures_one
+    counts[CAPTURES_ONE] = captures_one
     counts[DRAFT_CAPTURES] = draft_captures + wide
     counts[SETTLING] = settling
     counts[FIRSTS] = n_generated > 1
     counts[KV_ONE] = kv_one
-    counts[PAST] = past_all
-    counts[PAST_WIDTH] = past_all + past_drafted
+    counts[PAST_WIDTH] = past_width
     return state
 
 

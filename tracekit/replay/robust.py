@@ -60,6 +60,14 @@ def slowness_of(ratio: np.ndarray, blocks: list[np.ndarray]) -> np.ndarray:
     return np.array([np.median(ratio[b]) if len(b) >= 4 * LEAST else 1.0 for b in blocks])
 
 
+def trend(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The line of least squares through ``y`` over ``x``, at ``x``; the mean of ``y`` where ``x`` does not vary."""
+    away = x - np.average(x, weights=weights)
+    spread = (weights * away**2).sum()
+    slope = (weights * away * y).sum() / spread if spread > 1e-9 * (weights * x**2).sum() else 0.0
+    return np.average(y, weights=weights) + slope * away
+
+
 def widened(draws: np.ndarray, centre: np.ndarray | float, n: int) -> np.ndarray:
     """Bootstrap ``draws`` of something estimated from ``n`` independent parts, their spread as wide as that of the
     estimate: drawing from few parts has a variance too small by ``(n - 1) / n``. With one part it has none.
@@ -92,13 +100,17 @@ def within(x: np.ndarray, y: np.ndarray, keys: np.ndarray) -> np.ndarray:
     columns = np.column_stack([apart(column) for column in x.T.astype(float)])
     scale = np.sqrt((columns**2).sum(0))
     columns = np.where(scale > 1e-9 * (1 + np.abs(x).max(0)), columns / np.maximum(scale, 1e-300), 0.0)
-    medians = np.array([np.median(y[of]) for of in members(groups, len(counts))])
+    every = members(groups, len(counts))
+    medians = np.array([np.median(y[of]) for of in every])
     y = np.minimum(y, _MOST * np.maximum(medians, 0)[groups])
     wanted, found = apart(y), np.zeros(x.shape[1])
     for _ in range(4):
         found = nnls(columns, wanted)[0]
         fitted = columns @ found
-        wanted = fitted + pulled_in(apart(y) - fitted)
+        left = apart(y) - fitted
+        for of in every:
+            left[of] = pulled_in(left[of])
+        wanted = fitted + left
     return found / np.maximum(scale, 1e-300)
 
 

@@ -99,8 +99,8 @@ class Steps:
                    FROM calmer WINDOW before AS (PARTITION BY run ORDER BY step))
                SELECT block, mtp,
                       NOT mtp AND arm <> 'no_mtp' AND settings->>'memory' = 'snapshot' AS loaded,
-                      n_past AS kv, n_past AS past, n_tokens AS width, coalesce(width_before, 0) AS width_before, reshapes, captures,
-                      settling, firsts, len(v.tokens) AS emitted,
+                      n_past AS kv, n_past AS past, n_tokens AS width, coalesce(width_before, 0) AS width_before,
+                      reshapes, captures, settling, firsts, len(v.tokens) AS emitted,
                       n_draft_decodes AS decodes, n_catchup AS rows, coalesce(rows_before, 0) AS rows_before,
                       coalesce(draft_new_before, true) AS draft_new_before,
                       target_us AS target, first_draft_us AS first, draft_us AS draft, catchup_us AS catchup,

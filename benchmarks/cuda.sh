@@ -83,7 +83,7 @@ pack() {
     folder=$(mkdir -p "$1" && cd "$1" && pwd)
     ls "$folder"/llama_cpp_python-*.whl >/dev/null 2>&1 || { echo "cuda.sh: no CUDA wheel in $folder; make it with: cuda.sh wheel $1" >&2; exit 2; }
     target=${TARGET_PYTHON:-3.12}
-    rm -rf "$folder/all"
+    rm -rf "$folder/all" "$folder"/tracekit-*.whl # of an earlier state, perhaps
     "$python" -m pip wheel -q --no-deps -w "$folder/all" "$root"
     abi=cp$(echo "$target" | tr -d .)
     platforms=$(for n in 5 12 17 24 27 28 31 34 35 39; do printf ' --platform manylinux_2_%s_x86_64' "$n"; done)
@@ -100,6 +100,12 @@ pack() {
     rm -rf "$folder"/trip-*
     [ -z "${2:-}" ] || "$python" "$here/cuda_repack.py" --trips "$2" "$folder"
     du -h "$folder"/*.whl | sort -h
+}
+
+find_libraries() { # CUDA's may lie in PyTorch's packages
+    libraries=$("$python" -c 'import glob, site
+print(":".join(p for s in site.getsitepackages() for p in glob.glob(s + "/nvidia/*/lib")))')
+    export PYTHONPATH="$site:$root" LD_LIBRARY_PATH="${LD_LIBRARY_PATH:-}:$libraries"
 }
 
 install() {
@@ -119,14 +125,12 @@ for name in wanted:
         print(name, end=" ")')
     [ "${missing% }" != vl-convert-python ] || { echo "without vl-convert-python: no pictures"; missing=; }
     [ -z "$missing" ] || { echo "cuda.sh: still missing: $missing(carry them here, and call install again)"; return; }
-    PYTHONPATH=$site "$python" -m tracekit doctor
+    find_libraries
+    "$python" -m tracekit doctor
 }
 
 run() {
-    # the driver's and CUDA's libraries may lie in PyTorch's packages
-    libraries=$("$python" -c 'import glob, site
-print(":".join(p for s in site.getsitepackages() for p in glob.glob(s + "/nvidia/*/lib")))')
-    export PYTHONPATH="$site:$root" LD_LIBRARY_PATH="${LD_LIBRARY_PATH:-}:$libraries"
+    find_libraries
     "$python" -m tracekit campaign "${2:-cuda}" -o "$1" --models "$models" --minutes "${3:-0}"
     model=$(find "$models" -name '*.gguf' ! -name '*sidecar*' | sort | head -n 1)
     for script in backend_sampling overhead; do # what copying logits costs, and what recording does

@@ -326,6 +326,44 @@ def test_what_drafts_cost_the_decode_after_them_is_not_a_new_shapes():
         assert found == pytest.approx(target_us(n + 1, n) + 300 + 200 * (n - 1) + 130, rel=0.01), n
 
 
+def test_long_prompts_are_not_a_slow_machine():
+    """Where prompts are long decodes take longer: that is the price of tokens in memory, and not drift, although there
+    is more of it between prompts than within one. A machine that slows down for one prompt does not change prices.
+    """
+    rng = np.random.default_rng(0)
+    names = [f.name for f in fields(Steps)[4:]]
+    rows: list[dict[str, float]] = []
+    for block, prompt in enumerate(rng.permutation(np.linspace(20, 180, 16).astype(int))):
+        slow = 1.3 if block == 5 else 1.0
+        for mtp, drafts in [(False, 0), (True, 0), (True, 2)]:
+            for past in range(prompt, prompt + 24):
+                width = int(rng.integers(1, 4)) if drafts else 1
+                first, draft = (300, 500) if drafts else (0, 0)
+                target = (2000 + 1000 * width + 10 * past * width) * (1 + 0.01 * rng.standard_normal())
+                counted = (block, mtp, False, 256, past, width, width, False, False, 0, False, 1, drafts)
+                times = np.array((target, first, draft, 0, 30, target + draft + 130)) * slow
+                rows.append(dict(zip(names, (*counted, min(drafts, 1), 1, False, *times), strict=True)))
+    steps = Steps("", "", (300.0, 10.0), 16, *(np.array([r[name] for r in rows], float) for name in names))
+    steady, slowness = steadied(steps, 2)
+    assert slowness[5] / np.median(slowness) == pytest.approx(1.3, rel=0.03)
+    # what is left of that prompt's 30 per cent is a sixteenth of it, in all prices alike
+    assert prices_of(steady, 2)[kernel.PAST_WIDTH] == pytest.approx(10, rel=0.05)
+
+
+def test_a_step_in_which_the_machine_slept_changes_no_price():
+    """One decode of minutes among thousands of milliseconds: the prices are what they are without it, to 2 %."""
+    steps = Steps.read(open_trace(SHIPPED), 8)
+    slept = steps.slowed(np.where(np.arange(len(steps.wall)) == 1000, 30_000.0, 1.0))
+    assert slept.target.max() > 60e6
+    clean, torn = (steadied(s, 8)[0] for s in (steps, slept))
+    for width in range(1, 10):
+        at = [s.wall[(s.width == width) & (s.decodes == 8)] for s in (clean, torn)]
+        if len(at[0]):
+            assert np.median(at[1]) == pytest.approx(np.median(at[0]), rel=0.02)
+    a, b = prices_of(clean, 8), prices_of(torn, 8)
+    assert b[layout(8)[0]][1:] == pytest.approx(a[layout(8)[0]][1:], rel=0.02)
+
+
 @given(st.integers(0, 10**6))
 def test_times_rise_unless_measured_to_fall(seed):
     """Noise does not make a wider batch cheaper; a width that really is dearer than the next keeps its price."""

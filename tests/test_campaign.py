@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 
 from tracekit import campaign
 from tracekit.campaign import PLANS, read_plan, shipped_plans
+from tracekit.cli.campaign import _sum_up
 from tracekit.engine import Engine, lib
 from tracekit.engine.doctor import demand_gpu, examine, surroundings
 from tracekit.engine.gpu import GpuSensors, gpus
@@ -23,11 +25,12 @@ from tracekit.engine.recorder import Recorder
 from tracekit.errors import TracekitError
 from tracekit.policy import file
 from tracekit.report.stats import summarise
-from tracekit.study import Study, Teller, Workload, complete, conduct, recording
+from tracekit.study import Finding, Study, Teller, Workload, complete, conduct, recording
 from tracekit.trace.journal import Journal
 from tracekit.trace.rows import GpuReading
 from tracekit.trace.store import open_trace
 from tracekit.trace.writer import TraceWriter
+from tracekit.verify import Verdict
 
 CUDA_LOG = """\
 load_tensors: layer   0 assigned to device CUDA0, is_swa = 0
@@ -279,3 +282,32 @@ def test_carried_scripts_are_sound(tmp_path):
     assert result.returncode == 2
     assert all(stage in result.stderr for stage in ("wheel FOLDER", "pack FOLDER", "install FOLDER", "run OUT"))
     assert campaign.MOST_BYTES <= 16 << 20
+
+
+def test_wheels_are_sorted_into_trips(tmp_path):
+    """Each trip holds as much as it may; a wheel that is too big for any is one line."""
+    script = Path(__file__).parent.parent / "benchmarks" / "cuda_repack.py"
+    for name, size in (("a", 600), ("b", 500), ("c", 450), ("d", 90)):
+        (tmp_path / f"{name}-1-py3-none-any.whl").write_bytes(bytes(1000 * size))
+    for most, code in ((1.1, 0), (0.5, 1)):
+        command = [sys.executable, script, "--trips", str(most), tmp_path]
+        result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        assert result.returncode == code, result.stderr
+        assert "Traceback" not in result.stderr
+    trips = [sorted(w.name[0] for w in (tmp_path / f"trip-{i}").iterdir()) for i in (1, 2)]
+    assert trips == [["a", "b"], ["c", "d"]]
+    assert "a-1-py3-none-any.whl: 1 MB, but a trip takes 0.5" in result.stderr
+
+
+def test_a_campaign_without_vl_convert_has_its_tables(tmp_path, monkeypatch, capsys):
+    """Where the package that draws was not carried, the tables are written and the picture is left out, in a line."""
+    traces = Path(__file__).parent.parent / "traces" / "h200"
+    finding = Finding("8b", file.read(traces / "8b-aligned.toml"), Verdict.load(traces / "8b-aligned.json"))
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "vl_convert" else find_spec(name))
+    _sum_up([finding], tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["tables.txt"]
+    assert "no picture" in capsys.readouterr().err
+    monkeypatch.undo()
+    _sum_up([finding], tmp_path)
+    assert (tmp_path / "verdict.png").read_bytes()[:4] == b"\x89PNG"

@@ -14,9 +14,11 @@ from tracekit.errors import TracekitError
 from tracekit.model import corpus
 from tracekit.model.build import REFERENCE, build, inspect
 from tracekit.model.prompt_sets import SETS, load
+from tracekit.model.weights import open_gguf
 from tracekit.policy.spec import parse_one
 
 from .conftest import CATEGORIES, requests
+from .test_cli import tracekit
 
 
 def test_weights_ship_with_their_provenance():
@@ -159,3 +161,24 @@ def test_bad_prompt_files_get_one_clear_line(tmp_path, content, hint):
     with pytest.raises(TracekitError, match=hint) as error:
         load(path)
     assert "\n" not in str(error.value)
+
+
+def test_what_was_expanded_expands_further(tmp_path):
+    """`--source` takes any model that was written so: two expansions one after the other are one."""
+    small, twice, once = (tmp_path / name for name in ("small.gguf", "twice.gguf", "once.gguf"))
+    build(small, layers=6)
+    tracekit("model", "build", "-o", twice, "--layers", 7, "--source", small)
+    build(once, layers=7)
+    assert [t.data.tobytes() for t in open_gguf(twice).tensors] == [t.data.tobytes() for t in open_gguf(once).tensors]
+    missing = tracekit("model", "build", "-o", tmp_path / "x.gguf", "--source", tmp_path / "none.gguf", code=2)
+    assert "none.gguf: no such file" in missing.stderr
+
+
+def test_more_text_to_train_on(tmp_path):
+    """A folder of Python sources adds its documents to those of the standard library."""
+    functions = "\n".join(f"def function_{i}(a, b):\n    return a + b * {i}\n" for i in range(40))
+    (tmp_path / "module.py").write_text(functions)
+    library = corpus.documents()
+    more = corpus.documents(tmp_path)[len(library) :]
+    assert {d.name for d in more} == {"module.py"}
+    assert {d.kind for d in more} == {"code", "repeat"}

@@ -2,8 +2,8 @@
 
 At each position the best draft length is chosen with hindsight, no graph is ever built again, and the caches are always
 the target's. Catch-up is the only cost that remembers the past; its rows are all rows up to the last round that drafts,
-so "will draft again" and "will not" are the two states. It is priced by a line that lies under the measured prices, hence the result
-bounds every policy from below, and a regret against it from above.
+so "will draft again" and "will not" are the two states. It is priced by a line that lies under the measured prices,
+hence the result bounds every policy from below, and a regret against it from above.
 """
 
 from __future__ import annotations

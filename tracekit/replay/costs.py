@@ -121,7 +121,7 @@ def steadied(steps: Steps, n_max: int) -> tuple[Steps, np.ndarray]:
     length = np.bincount(blocks, steps.past) / np.maximum(np.bincount(blocks), 1)
     for _ in range(3):
         slowness *= slowness_of(steady.wall / fitted(steady, prices_of(steady, n_max), n_max), of_block)
-        slowness /= np.exp(trend(length, np.log(slowness), np.bincount(blocks)))
+        slowness /= np.exp(trend(length, np.log(slowness)))
         slowness /= slowness[blocks].mean()
         steady = steps.slowed(1 / slowness[blocks])
     return steady, slowness

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 from scipy.optimize import isotonic_regression, nnls
+from scipy.stats import theilslopes
 
 LEAST = 5  # measurements that make a cell
 _MOST = 5  # times the median of its like: whatever took longer did other things as well
+_PAIRED = 500  # values whose pairs a line goes by, of more every so-many-th
 _PIECES = 10  # of a stretch of time that is the only one
 
 
@@ -60,12 +62,14 @@ def slowness_of(ratio: np.ndarray, blocks: list[np.ndarray]) -> np.ndarray:
     return np.array([np.median(ratio[b]) if len(b) >= 4 * LEAST else 1.0 for b in blocks])
 
 
-def trend(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The line of least squares through ``y`` over ``x``, at ``x``; the mean of ``y`` where ``x`` does not vary."""
-    away = x - np.average(x, weights=weights)
-    spread = (weights * away**2).sum()
-    slope = (weights * away * y).sum() / spread if spread > 1e-9 * (weights * x**2).sum() else 0.0
-    return np.average(y, weights=weights) + slope * away
+def trend(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """A line through ``y`` over ``x``, at ``x``, that a few outliers do not turn (Theil and Sen); zero where ``x`` does
+    not vary.
+    """
+    few = slice(None, None, -(-len(x) // _PAIRED))
+    if np.ptp(x[few]) <= 1e-3 * np.abs(x).max():
+        return np.zeros(len(x))
+    return theilslopes(y[few], x[few]).slope * (x - np.median(x))
 
 
 def widened(draws: np.ndarray, centre: np.ndarray | float, n: int) -> np.ndarray:

@@ -263,7 +263,7 @@ def test_fit_holds_over_a_wide_range_of_contexts():
             before = rows[-1] if rows else dict.fromkeys(names, 0)
             left = 1 if before["decodes"] > 1 else before["rows"] if before["decodes"] else before["rows_before"]
             other = before["width"] != drafts + 1 or before["kv"] != cells
-            shape = (before["width"], other, False, 0, False)
+            shape = (other, False, 0, False)
             memory = (cells, cells - drafts - 1)
             values = (block, k is not None, False, *memory, drafts + 1, *shape, 1, drafts, again, left, False)
             times = (target, first, draft, 0, 30, target + draft + 130)
@@ -300,7 +300,7 @@ def test_what_drafts_cost_the_decode_after_them_is_not_a_new_shapes():
         first = 300 if drafts else 0
         draft = first + 200 * max(drafts - 1, 0)
         times = (target, first, draft, 0, 30, target + draft + 130)
-        shape = (before, width != before, width == before and new, settling, before > 9)
+        shape = (width != before, width == before and new, settling, before > 9)
         counted = (block, mtp, False, 256, 100, width, *shape, 1, drafts, min(drafts, 1), 1, False)
         rows.append(dict(zip(names, (*counted, *times), strict=True)))
 
@@ -340,7 +340,7 @@ def test_long_prompts_are_not_a_slow_machine():
                 width = int(rng.integers(1, 4)) if drafts else 1
                 first, draft = (300, 500) if drafts else (0, 0)
                 target = (2000 + 1000 * width + 10 * past * width) * (1 + 0.01 * rng.standard_normal())
-                counted = (block, mtp, False, 256, past, width, width, False, False, 0, False, 1, drafts)
+                counted = (block, mtp, False, 256, past, width, False, False, 0, False, 1, drafts)
                 times = np.array((target, first, draft, 0, 30, target + draft + 130)) * slow
                 rows.append(dict(zip(names, (*counted, min(drafts, 1), 1, False, *times), strict=True)))
     steps = Steps("", "", (300.0, 10.0), 16, *(np.array([r[name] for r in rows], float) for name in names))

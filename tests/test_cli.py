@@ -418,6 +418,7 @@ MISTAKES = [
     (["generate", "{model}", "x", "--policy", "static:n_max=2,4"], "one is wanted"),
     (["generate", "{model}", "x", "--cache-type-k", "f8"], "one of f32, f16, q8_0"),
     (["generate", "{model}", "x", "--threads", "1000000"], "512 or less"),
+    (["generate", "{model}", "x", "--n-max", "255"], "n_max 255: 254 or less"),
     (["generate", "{model}", "x", "--draft-model", "{model}"], "add --policy"),
     (["generate", "{model}", "x", "--stop", ""], "leave it out"),
     (["record", "{model}", "--prompts", "{prompts}", "-o", "x.duckdb", "--parallel", "9"], "needs 9 prompts"),

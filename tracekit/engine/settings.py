@@ -13,6 +13,7 @@ CACHE_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}  # ggml_type
 MOST_BATCH = 2**15 - 1  # tokens; a trace counts them in 16 bits
 MOST_THREADS = 512  # GGML_MAX_N_THREADS
 MOST_SLOTS = 256  # LLAMA_MAX_SEQ
+MOST_DRAFTS = 254  # the simulator counts right ones in 8 bits (tracekit.replay.arrays), and 255 has a meaning there
 MOST_TOKENS = 2**31 - 1  # of all slots
 FLASH_ATTN = {"auto": -1, "off": 0, "on": 1}  # llama_flash_attn_type
 
@@ -69,7 +70,12 @@ class Settings:
         for name, known in (("cache_type_k", CACHE_TYPES), ("cache_type_v", CACHE_TYPES), ("flash_attn", FLASH_ATTN)):
             if getattr(self, name) not in known:
                 raise TracekitError(f"{name} {getattr(self, name)}: one of {', '.join(known)}")
-        for name, most in (("threads", MOST_THREADS), ("n_slots", MOST_SLOTS), ("n_ctx", MOST_TOKENS // self.n_slots)):
+        for name, most in (
+            ("threads", MOST_THREADS),
+            ("n_slots", MOST_SLOTS),
+            ("n_ctx", MOST_TOKENS // self.n_slots),
+            ("n_max", MOST_DRAFTS),
+        ):
             if getattr(self, name) > most:
                 raise TracekitError(f"{name} {getattr(self, name)}: {most} or less")
         if self.n_batch > MOST_BATCH:

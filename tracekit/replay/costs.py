@@ -5,11 +5,12 @@
     step = host + draft(decodes, rows caught up) + target(batch width) + sampling(tokens)
 
 Each decode is dearer with more context; one of another shape than the one before costs a new graph, and the next of
-that shape what CUDA takes to capture it; the target's is dearer after drafts, the more so the more of them: the
-caches are the drafter's then. Every part is fitted to its own measured times: a robust mean per batch width and per
-number of rows, made monotone (isotonic regression) unless it is measured not to be, over slopes in context. Baselines
-stay apart: *no MTP* (hidden states not even extracted, no snapshots taken), MTP loaded and off, MTP idle, and each
-draft length.
+that shape what CUDA takes to capture it; the target's is dearer after drafts, the more so the more of them, and for
+some plain steps after these or a prompt: the caches are others' then. One row is another kernel, with a price of its
+own for context and for a new shape. Every part is fitted to its own measured times: a robust mean per batch width and
+per number of rows, made monotone (isotonic regression) unless it is measured not to be, beside least squares for all
+else. Baselines stay apart: *no MTP* (hidden states not even extracted, no snapshots taken), MTP loaded and off, MTP
+idle, and each draft length.
 """
 
 from __future__ import annotations

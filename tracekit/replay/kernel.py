@@ -44,7 +44,7 @@ KV_ONE = 25  # cells given in steps of one row, which backends have kernels of t
 N_SCALARS = 26
 CALM = 16  # steps without drafts, after drafts or a prompt, by which that is over; measured on a processor
 KV_BLOCK = 256  # cells are read in whole blocks: llama.cpp, src/llama-kv-cache.cpp, get_n_kv
-_SHAPE = 1 << 16  # a batch's cells times this, and its drafts: its shape in one number
+_STEP = 1 << 42  # one step of a width, beside the tokens in memory that are summed below it until the walk is over
 
 
 def n_kv(n_tokens):
@@ -90,14 +90,14 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
         counts[PROMPT_CATCHUP_ROWS] = n_prompt
         behind = 1
     resting = True  # the policy wanted no drafts the last time it was asked
-    shape_before = -1  # of the target's last decode; a prompt's, never equal
+    shape_before = -1  # of the target's last decode, its cells and its drafts in one number; a prompt's, never equal
     rows_before = 0  # of the MTP context's last decode, likewise
     draft_new = steady = False  # whether that was another shape than the one before; whether it was one row again
     room = min(n_ctx - n_prompt - 1, max_tokens - 1)  # tokens generated before drafts stop fitting
     accepted = emitted = trips = inexact = stopped = kv_stopped = 0
     in_shape = 0  # steps since the shape of the target's batch last changed
     calm = settling = 0  # steps without drafts since the last with some, or since the prompt
-    kv_all = kv_one = kv_drafted = past_width = long_catchups = long_rows = 0
+    kv_all = kv_one = kv_drafted = long_catchups = long_rows = 0
     captures = captures_one = draft_reshapes = draft_captures = wide = 0
     match, known = match[first : first + n_generated - 1], known[first : first + n_generated - 1]
     while generated < n_generated:
@@ -155,35 +155,34 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
             settling += max(CALM - calm, 0)
             calm += 1
         emitted = min(accepted + 1, n_generated - generated)
-        counts[np.uint64(width_at + 1 + drafted)] += 1
-        shape = n_kv(past + 1 + drafted) * _SHAPE + drafted
+        counts[np.uint64(width_at + 1 + drafted)] += _STEP + past
+        shape = n_kv(past + 1 + drafted) + drafted  # fewer than KV_BLOCK: tracekit.engine.settings.MOST_DRAFTS
         if shape != shape_before:
             counts[np.uint64(reshaped_at + 1 + drafted)] += 1
-            one = shape_before % _SHAPE == 0
-            cells = in_shape * (shape_before // _SHAPE)
+            one = shape_before & (KV_BLOCK - 1) == 0
+            cells = in_shape * (shape_before & -KV_BLOCK)
             captures += in_shape > 1
             captures_one += in_shape > 1 and one
-            kv_drafted += cells * (shape_before % _SHAPE)
+            kv_drafted += cells * (shape_before & (KV_BLOCK - 1))
             kv_all += cells
             kv_one += cells * one
             in_shape = 0
             shape_before = shape
         in_shape += 1
-        past_width += past * (drafted + 1)
         state = learn(params, state, now, Outcome(asked, drafted, accepted, emitted))
         generated += emitted
         behind += emitted
-    one = shape_before % _SHAPE == 0
-    cells = in_shape * (shape_before // _SHAPE)
+    one = shape_before & (KV_BLOCK - 1) == 0
+    cells = in_shape * (shape_before & -KV_BLOCK)
     kv_all += cells
     kv_one += cells * one
-    kv_drafted += cells * (shape_before % _SHAPE)
+    kv_drafted += cells * (shape_before & (KV_BLOCK - 1))
     over = n_generated - generated
     if over > 0:  # plain steps to the end
         trips += not resting
         before, last = n_prompt + generated - 1, n_prompt + n_generated - 1
         kv = n_kv(before + 1)
-        if shape_before != kv * _SHAPE:
+        if shape_before != kv:
             counts[reshaped_at + 1] += 1
             captures += in_shape > 1
             captures_one += in_shape > 1 and one
@@ -199,15 +198,16 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
             in_shape += over
         kv_one += n_kv_sum(last) - n_kv_sum(before)
         kv_all += n_kv_sum(last) - n_kv_sum(before)
-        past_width += over * before + over * (over - 1) // 2
-        counts[width_at + 1] += over
+        counts[width_at + 1] += over * _STEP + over * before + over * (over - 1) // 2
         unsettled = min(over, max(CALM - calm, 0))
         settling += unsettled * (CALM - calm) - unsettled * (unsettled - 1) // 2
         accepted = 0
         emitted = 1
         one = True
-    steps = drafted_all = rounds = 0  # the rest is in the histograms
+    steps = drafted_all = rounds = past_width = 0  # the rest is in the histograms
     for n in range(n_max + 1):
+        past_width += (counts[width_at + 1 + n] % _STEP) * (n + 1)
+        counts[width_at + 1 + n] //= _STEP
         steps += counts[width_at + 1 + n]
         drafted_all += counts[width_at + 1 + n] * n
         rounds += counts[catchup_at + 1 + n]

@@ -38,8 +38,7 @@ class Steps:
     kv: np.ndarray  # cells that attention was given, whole blocks
     past: np.ndarray  # tokens in memory
     width: np.ndarray
-    width_before: np.ndarray  # of the target decode before
-    reshapes: np.ndarray  # whether that had another shape: another width, or more or fewer cells
+    reshapes: np.ndarray  # whether the target decode before had another shape: another width, or more or fewer cells
     captures: np.ndarray  # whether that had the same shape, but the one before it another
     settling: np.ndarray  # as the kernel's SETTLING
     firsts: np.ndarray  # whether a prompt was read in the step before
@@ -92,15 +91,14 @@ class Steps:
                           OVER (PARTITION BY run, stretch ORDER BY step)) END AS settling FROM stretches),
                target AS (
                    SELECT *, (n_tokens, (n_past + n_tokens - 1) // $cells) AS shape,
-                          lag(n_tokens) OVER before AS width_before,
                           shape IS DISTINCT FROM lag(shape) OVER before AS reshapes,
                           NOT reshapes AND shape IS DISTINCT FROM lag(shape, 2) OVER before AS captures,
                           coalesce(lag(n_prompt) OVER before, 1) > 0 AS firsts
                    FROM calmer WINDOW before AS (PARTITION BY run ORDER BY step))
                SELECT block, mtp,
                       NOT mtp AND arm <> 'no_mtp' AND settings->>'memory' = 'snapshot' AS loaded,
-                      n_past AS kv, n_past AS past, n_tokens AS width, coalesce(width_before, 0) AS width_before,
-                      reshapes, captures, settling, firsts, len(v.tokens) AS emitted,
+                      n_past AS kv, n_past AS past, n_tokens AS width, reshapes, captures, settling, firsts,
+                      len(v.tokens) AS emitted,
                       n_draft_decodes AS decodes, n_catchup AS rows, coalesce(rows_before, 0) AS rows_before,
                       coalesce(draft_new_before, true) AS draft_new_before,
                       target_us AS target, first_draft_us AS first, draft_us AS draft, catchup_us AS catchup,

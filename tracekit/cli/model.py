@@ -33,9 +33,9 @@ def build(
     from tracekit.model.build import REFERENCE, inspect
     from tracekit.model.build import build as build_model
 
-    how, kept = (layers, width, misaligned, sidecar, dtype, seed), source or REFERENCE
+    how = layers, width, misaligned, sidecar, dtype, seed, source or REFERENCE
     with out.progress("tensors") as update:
-        path = build_model(output, *how, source=kept, force=force, progress=update)
+        path = build_model(output, *how, force=force, progress=update)
     if json:
         out.print_json(inspect(path))
     out.wrote(path)

@@ -1,7 +1,5 @@
 """The reference model's text: the Python standard library, split by file into training and held-out documents.
 
-A larger model takes more sources than these (:func:`documents`).
-
 Three kinds of document come out of the same sources, so that one small model has regimes to switch between:
 
 * ``code``: a module without comments and docstrings, as ``ast.unparse`` prints it;

@@ -8,6 +8,7 @@ from scipy.stats import theilslopes
 
 LEAST = 5  # measurements that make a cell
 _MOST = 5  # times the median of its like: whatever took longer did other things as well
+_TAIL = 0.5  # of a median: as far from it an ordinary slow step may be, where others share the machine
 _PAIRED = 500  # values whose pairs a line goes by, of more every so-many-th
 _PIECES = 10  # of a stretch of time that is the only one
 
@@ -17,9 +18,12 @@ def deviation(values: np.ndarray) -> float:
     return float(np.median(np.abs(values - np.median(values))))
 
 
-def pulled_in(values: np.ndarray) -> np.ndarray:
-    """``values`` with those far off (a descheduled process, not the work) pulled in to eight median deviations."""
-    middle, reach = np.median(values), 8 * deviation(values) + 1e-9
+def pulled_in(values: np.ndarray, tail: float = 0.0) -> np.ndarray:
+    """``values`` with those far off (a descheduled process, not the work) pulled in to eight median deviations, or to
+    the share ``tail`` of the median where that is farther.
+    """
+    middle = np.median(values)
+    reach = max(8 * deviation(values), tail * abs(middle)) + 1e-9
     return np.clip(values, middle - reach, middle + reach)
 
 
@@ -28,7 +32,7 @@ def robust_mean(values: np.ndarray) -> float:
 
     A median would be sturdier, but a total is a sum: what counts is the mean, an ordinary slow tail included.
     """
-    return float(pulled_in(values).mean())
+    return float(pulled_in(values, _TAIL).mean())
 
 
 def cell_means(times: np.ndarray, keys: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -39,7 +43,7 @@ def cell_means(times: np.ndarray, keys: np.ndarray, size: int) -> tuple[np.ndarr
     for key in range(1, size):
         here = times[keys == key]
         if len(here) >= LEAST:
-            cells[key], errors[key] = robust_mean(here), pulled_in(here).std() / np.sqrt(len(here))
+            cells[key], errors[key] = robust_mean(here), pulled_in(here, _TAIL).std() / np.sqrt(len(here))
     return cells, errors
 
 

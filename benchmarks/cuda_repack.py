@@ -5,12 +5,14 @@
 
 The second sorts FOLDER's wheels into FOLDER/trip-1, trip-2, ... of at most so many megabytes each (links to the same
 files).
+
 llama-cpp-python's build stores each library under three names in two folders; of that wheel one copy is kept. What is
 loaded is in ``llama_cpp/lib``: ``libllama.so`` by name and the others by their soname.
 """
 
 from __future__ import annotations
 
+import argparse
 import base64
 import hashlib
 import os
@@ -59,16 +61,26 @@ def trips(folder: Path, most_mb: float) -> list[list[Path]]:
             found.append(trip := [])
         trip.append(wheel)
     for i, trip in enumerate(found, 1):
-        (folder / f"trip-{i}").mkdir()
+        place = folder / f"trip-{i}"
+        if place.exists():
+            raise SystemExit(f"{place}: exists; remove it first")
+        place.mkdir()
         for wheel in trip:
-            os.link(wheel, folder / f"trip-{i}" / wheel.name)
+            os.link(wheel, place / wheel.name)
     return found
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--trips":
-        for i, trip in enumerate(trips(Path(sys.argv[3]), float(sys.argv[2])), 1):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("wheel", type=Path, nargs="?", metavar="WHEEL")
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("--trips", type=float, metavar="MEGABYTES")
+    args = parser.parse_args()
+    if (args.wheel is None) == (args.trips is None):
+        parser.error("a wheel, or --trips")
+    if args.trips is not None:
+        for i, trip in enumerate(trips(args.folder, args.trips), 1):
             print(f"trip-{i}: {sum(w.stat().st_size for w in trip) / 1e6:.0f} MB, {len(trip)} wheels")
         sys.exit()
-    made = repack(Path(sys.argv[1]), Path(sys.argv[2]))
+    made = repack(args.wheel, args.folder)
     print(f"Wrote {made} ({made.stat().st_size / 1e6:.0f} MB)")

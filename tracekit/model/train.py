@@ -180,7 +180,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     n_head = args.n_embd // Shape.n_embd_head
-    if args.n_embd % Shape.n_embd_head or n_head % 2:
+    if args.n_embd <= 0 or args.n_embd % (2 * Shape.n_embd_head):
         parser.error(f"--n-embd {args.n_embd}: a multiple of {2 * Shape.n_embd_head}")
     for folder in args.text:
         if not folder.is_dir():

@@ -94,8 +94,7 @@ def blocks_of(block: np.ndarray) -> tuple[np.ndarray, int]:
 def within(x: np.ndarray, y: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """How ``y`` grows with each column of ``x``, float64 ``[n, n_columns]``, among equal ``keys``, none negative: least
     squares of the differences from each key's mean, what is far off pulled in, beginning with what took more than
-    :data:`_MOST` times its key's median. A column that is constant for every key
-    gets 0.
+    :data:`_MOST` times its key's median. A column that is constant for every key gets 0.
     """
     if not len(y):
         return np.zeros(x.shape[1])
@@ -111,11 +110,12 @@ def within(x: np.ndarray, y: np.ndarray, keys: np.ndarray) -> np.ndarray:
     every = members(groups, len(counts))
     medians = np.array([np.median(y[of]) for of in every])
     y = np.minimum(y, _MOST * np.maximum(medians, 0)[groups])
-    wanted, found = apart(y), np.zeros(x.shape[1])
+    aim, found = apart(y), np.zeros(x.shape[1])
+    wanted = aim
     for _ in range(4):
         found = nnls(columns, wanted)[0]
         fitted = columns @ found
-        left = apart(y) - fitted
+        left = aim - fitted
         for of in every:
             left[of] = pulled_in(left[of])
         wanted = fitted + left

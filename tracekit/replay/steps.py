@@ -83,11 +83,10 @@ class Steps:
                    FROM (SELECT *, prompt_id = '' OR prompt_id IS DISTINCT FROM
                                    lag(prompt_id) OVER (PARTITION BY run ORDER BY request) AS new FROM requests)),
                stretches AS (
-                   SELECT *, count(*) FILTER (n_draft_decodes > 0 OR n_prompt > 0) OVER (PARTITION BY run ORDER BY step)
-                          AS stretch FROM steps),
+                   SELECT *, n_draft_decodes > 0 OR n_prompt > 0 AS stirred,
+                          count(*) FILTER (stirred) OVER (PARTITION BY run ORDER BY step) AS stretch FROM steps),
                calmer AS (
-                   SELECT *, CASE WHEN n_draft_decodes > 0 OR n_prompt > 0 THEN 0 ELSE greatest(0, $calm + 1 -
-                          count(*) FILTER (n_draft_decodes = 0 AND n_prompt = 0)
+                   SELECT *, CASE WHEN stirred THEN 0 ELSE greatest(0, $calm + 1 - count(*) FILTER (NOT stirred)
                           OVER (PARTITION BY run, stretch ORDER BY step)) END AS settling FROM stretches),
                target AS (
                    SELECT *, (n_tokens, (n_past + n_tokens - 1) // $cells) AS shape,
@@ -97,7 +96,7 @@ class Steps:
                    FROM calmer WINDOW before AS (PARTITION BY run ORDER BY step))
                SELECT block, mtp,
                       NOT mtp AND arm <> 'no_mtp' AND settings->>'memory' = 'snapshot' AS loaded,
-                      n_past AS kv, n_past AS past, n_tokens AS width, reshapes, captures, settling, firsts,
+                      n_past AS past, n_tokens AS width, reshapes, captures, settling, firsts,
                       len(v.tokens) AS emitted,
                       n_draft_decodes AS decodes, n_catchup AS rows, coalesce(rows_before, 0) AS rows_before,
                       coalesce(draft_new_before, true) AS draft_new_before,

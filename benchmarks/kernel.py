@@ -37,7 +37,7 @@ void walk(int policy, int64_t n_max, double min_ratio, int zero_trip, int64_t re
     for (int64_t r = 0; r < n_requests; r++) {
         int64_t *counts = out + r * n_counts, g = 1, behind = n_max ? 1 : n_prompt[r] + 1, before = 0;
         int64_t accepted = 0, emitted = 0, trips = 0, inexact = 0, kv_all = 0, kv_drafted = 0, lc = 0, lr = 0;
-        int64_t past_width = 0, kv_one = 0, captures_one = 0;
+        int64_t past_width = 0, kv_one = 0, captures_one = 0, reshapes = 0, reshapes_one = 0, past_draft = 0;
         int64_t draft_reshapes = 0, drafted_before = -1, kv_before = -1, rows_before = 0, plain = 0;
         int64_t captures = 0, draft_captures = 0, settling = 0, calm = 0;
         bool fresh = false, draft_fresh = false;
@@ -52,6 +52,7 @@ void walk(int policy, int64_t n_max, double min_ratio, int zero_trip, int64_t re
                 drafted = n;
                 accepted = MIN(drafted, (int64_t) match[p]);
                 inexact += drafted > known[p];
+                past_draft += past * (n - 1 + (behind < widths ? behind : 1));
                 if (behind < widths) counts[behind + SCALARS + widths]++; else { lc++; lr += behind; }
                 bool other = behind != rows_before;
                 draft_reshapes += other + (n > 1 && behind != 1);
@@ -72,7 +73,8 @@ void walk(int policy, int64_t n_max, double min_ratio, int zero_trip, int64_t re
             captures += fresh && !other;
             captures_one += fresh && !other && !drafted;
             fresh = other;
-            counts[SCALARS + 2 * widths + 1 + drafted] += fresh;
+            reshapes += fresh && drafted;
+            reshapes_one += fresh && !drafted;
             drafted_before = drafted;
             kv_before = kv;
             kv_all += kv;
@@ -101,7 +103,7 @@ void walk(int policy, int64_t n_max, double min_ratio, int zero_trip, int64_t re
                               trips, inexact, kv_all - kv_one, kv_all - kv_one + kv_drafted, kv_drafted, lc, lr,
                               n_max > 0, n_max ? n_prompt[r] : 0, draft_reshapes, 0, 0,
                               captures - captures_one, captures_one, draft_captures, settling, n_generated[r] > 1,
-                              past_width, kv_one};
+                              past_width, kv_one, reshapes, reshapes_one, past_draft};
         for (int i = 0; i < SCALARS; i++) counts[i] = s[i];
     }
 }

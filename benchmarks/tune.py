@@ -26,7 +26,7 @@ def cost_model() -> CostModel:
     """Drafting at a twentieth of a target decode, nine tokens verified for three times the price of one."""
     prices = np.zeros(walk.n_counts(N_MAX))
     prices[walk.STEPS], prices[walk.TOKENS], prices[walk.DRAFT_DECODES] = 50, 10, 400
-    widths, catchups, _ = layout(N_MAX)
+    widths, catchups = layout(N_MAX)
     prices[widths][1:], prices[catchups] = np.linspace(8000, 24000, N_MAX + 1), np.linspace(0, 300, N_MAX + 2)
     prices[walk.LONG_CATCHUP_ROWS] = 30
     noise = np.random.default_rng(0).normal(1, 0.01, (N_BOOT, len(prices)))

@@ -38,11 +38,12 @@ def made_up_cost(seed, n_max=8):
     prices = np.zeros(kernel.n_counts(n_max))
     prices[[kernel.STEPS, kernel.TOKENS, kernel.DRAFT_ROUNDS, kernel.DRAFT_DECODES]] = rng.uniform(1, 100, 4)
     prices[[kernel.KV, kernel.KV_WIDTH, kernel.KV_ONE, kernel.KV_DRAFT, kernel.PAST_WIDTH]] = rng.uniform(0, 0.1, 5)
+    prices[kernel.PAST_DRAFT] = prices[kernel.PAST_WIDTH] / 2
     prices[[kernel.SETTLING, kernel.FIRSTS, kernel.CAPTURES, kernel.CAPTURES_ONE]] = rng.uniform(0, 50, 4)
-    widths, catchups, reshaped = layout(n_max)
+    prices[[kernel.RESHAPES, kernel.RESHAPES_ONE]] = rng.uniform(0, 50, 2)
+    widths, catchups = layout(n_max)
     prices[widths][1:] = np.sort(rng.uniform(100, 5000, n_max + 1))
     prices[catchups][1:] = np.sort(rng.uniform(10, 500, n_max + 1))
-    prices[reshaped] = rng.uniform(0, 50, n_max + 2)
     slope = rng.uniform(0, 50)
     prices[kernel.LONG_CATCHUP_ROWS] = slope
     prices[kernel.LONG_CATCHUPS] = prices[catchups][-1] - slope * (n_max + 1)
@@ -70,13 +71,14 @@ def test_counts_add_up(seed):
     """llama.cpp's accounting identity and the histograms: every token comes from a step or an accepted draft."""
     p = made_up(seed)
     c = counts(POLICIES, p)
-    widths, catchups, reshaped = (c[:, :, of] for of in layout(8))
+    widths, catchups = (c[:, :, of] for of in layout(8))
     tokens, steps, accepted = c[:, :, kernel.TOKENS], c[:, :, kernel.STEPS], c[:, :, kernel.ACCEPTED]
     assert (tokens == p.n_generated - 1).all()
     # a request may end inside a verification, on a draft: then that step has no token of its own
     assert ((tokens - accepted - steps == 0) | (tokens - accepted - steps == -1)).all()
     assert (widths.sum(-1) == steps).all()
-    assert (reshaped <= widths).all()
+    assert (c[:, :, kernel.RESHAPES] <= widths[:, :, 2:].sum(-1)).all()
+    assert (c[:, :, kernel.RESHAPES_ONE] <= widths[:, :, 1]).all()
     assert ((widths * np.arange(10)).sum(-1) == steps + c[:, :, kernel.DRAFTED]).all()
     assert (catchups.sum(-1) + c[:, :, kernel.LONG_CATCHUPS] == c[:, :, kernel.DRAFT_ROUNDS]).all()
     assert (c[:, :, kernel.ACCEPTED] <= c[:, :, kernel.DRAFTED]).all()

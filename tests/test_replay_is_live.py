@@ -9,7 +9,6 @@ from tracekit.engine import Engine
 from tracekit.policy.spec import parse_one
 from tracekit.replay import kernel
 from tracekit.replay.arrays import ANY, positions
-from tracekit.replay.costs import layout
 from tracekit.replay.simulate import counts, rounds
 from tracekit.replay.steps import Steps
 from tracekit.trace.store import open_trace
@@ -52,13 +51,14 @@ def test_replay_counts_the_shapes_of_live_decodes(engine, probe_traces, tmp_path
     live = steps.take(np.arange(len(steps.wall)) < len(steps.wall) - len(rounds(parse_one("off"), p)[0]))
     counted = counts([policy], p)[0].sum(0)
     assert counted[kernel.STEPS] == len(live.wall)
-    reshaped = counted[layout(engine.settings.n_max)[2]]
-    assert reshaped.tolist() == np.bincount(live.width.astype(int), live.reshapes, len(reshaped)).tolist()
+    assert counted[kernel.RESHAPES] == live.reshapes[live.width > 1].sum()
+    assert counted[kernel.RESHAPES_ONE] == live.reshapes[live.width == 1].sum()
     assert counted[kernel.CAPTURES] == live.captures[live.width > 1].sum()
     assert counted[kernel.CAPTURES_ONE] == live.captures[live.width == 1].sum()
     assert counted[kernel.DRAFT_RESHAPES] == sum(live.draft_reshapes).sum()
     assert counted[kernel.DRAFT_CAPTURES] == sum(live.draft_captures).sum()
     assert counted[kernel.PAST_WIDTH] == (live.past * live.width).sum()
+    assert counted[kernel.PAST_DRAFT] == live.draft_past.sum()
     assert counted[kernel.SETTLING] == live.settling.sum()
     assert counted[kernel.FIRSTS] == live.firsts.sum() == len(wanted)
     assert min(counted[[kernel.CAPTURES, kernel.CAPTURES_ONE]].sum(), counted[kernel.DRAFT_RESHAPES]) > 0

@@ -22,7 +22,7 @@ def clairvoyant_us(positions: Positions, cost: CostModel) -> np.ndarray:
     """Least time in microseconds for each request, float64 ``[n_requests]``."""
     n_max = positions.n_max
     prices = cost.prices
-    width, catchup, reshaped = (prices[of] for of in layout(n_max))
+    width, catchup = (prices[of] for of in layout(n_max))
     row_us, round_us = _line_under(catchup, prices[kernel.LONG_CATCHUPS], prices[kernel.LONG_CATCHUP_ROWS])
     row_us = min(row_us, prices[kernel.PROMPT_CATCHUP_ROWS])
     terms = np.array(
@@ -34,7 +34,8 @@ def clairvoyant_us(positions: Positions, cost: CostModel) -> np.ndarray:
             prices[kernel.DRAFT_DECODES],
             row_us,
             min(prices[kernel.OVER], 0.0),
-            *prices[[kernel.KV, kernel.KV_WIDTH, kernel.KV_ONE, kernel.KV_DRAFT, kernel.PAST_WIDTH]],
+            *prices[[kernel.KV, kernel.KV_WIDTH, kernel.KV_ONE, kernel.KV_DRAFT]],
+            *prices[[kernel.PAST_WIDTH, kernel.PAST_DRAFT]],
         ]
     )
     p = positions
@@ -47,7 +48,7 @@ def clairvoyant_us(positions: Positions, cost: CostModel) -> np.ndarray:
         prices[kernel.STEPS] + prices[kernel.TOKENS] + width[1] + prices[kernel.OVER] + prices[kernel.BARE]
     )
     kv = kernel.n_kv_sum(p.n_prompt + steps) - kernel.n_kv_sum(p.n_prompt)
-    plain = plain + reshaped[1] + (steps > 1) * prices[kernel.CAPTURES_ONE]
+    plain = plain + prices[kernel.RESHAPES_ONE] + (steps > 1) * prices[kernel.CAPTURES_ONE]
     plain = plain + kv * prices[kernel.KV_ONE]
     past = steps * p.n_prompt + steps * (steps - 1) // 2
     plain = plain + past * prices[kernel.PAST_WIDTH]
@@ -68,7 +69,7 @@ def _line_under(catchup: np.ndarray, long_us: float, long_row_us: float) -> tupl
 def solve(first, n_generated, n_prompt, max_tokens, n_ctx, match, width, terms, n_max, out):
     """The programme itself, compiled on first use; see :func:`clairvoyant_us`."""
     plain_us, step_us, token_us, round_us, decode_us, row_us, over_us = terms[:7]
-    kv_us, kv_width_us, kv_one_us, kv_draft_us, past_us = terms[7:]
+    kv_us, kv_width_us, kv_one_us, kv_draft_us, past_us, past_draft_us = terms[7:]
     for r in range(len(first)):
         n = n_generated[r]
         never = np.zeros(n + 1)
@@ -85,7 +86,7 @@ def solve(first, n_generated, n_prompt, max_tokens, n_ctx, match, width, terms, 
                 time = step_us + round_us + width[k + 1] + decode_us * k + token_us * emitted
                 kv = (past + k + KV_BLOCK) & -KV_BLOCK
                 time += kv * (kv_us + kv_width_us * (k + 1) + kv_draft_us * k)
-                time += past * past_us * (k + 1)
+                time += past * (past_us * (k + 1) + past_draft_us * k)
                 best = min(best, time + min(never[g + emitted], row_us * emitted + again[g + emitted]))
             again[g] = best
         out[r] = min(never[1], row_us * (n_prompt[r] + 1) + again[1])

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
@@ -27,17 +26,16 @@ from tracekit.errors import TracekitError
 from tracekit.replay import kernel
 from tracekit.replay.robust import (
     LEAST,
+    beside,
     cell_means,
     deviation,
     line,
     members,
     rising,
     robust_mean,
-    slopes,
     slowness_of,
     trend,
     widened,
-    within,
 )
 from tracekit.replay.steps import Steps
 from tracekit.trace.store import TraceFile
@@ -45,7 +43,7 @@ from tracekit.trace.store import TraceFile
 N_BOOT = 100
 _PLAIN = [kernel.STEPS, kernel.TOKENS, kernel.N_SCALARS + 1]  # of a step that decodes one token
 _OCCASIONS = [  # of a target decode, whatever its width
-    *(kernel.CAPTURES, kernel.CAPTURES_ONE, kernel.SETTLING, kernel.FIRSTS),
+    *(kernel.RESHAPES, kernel.RESHAPES_ONE, kernel.CAPTURES, kernel.CAPTURES_ONE, kernel.SETTLING, kernel.FIRSTS),
     *(kernel.KV, kernel.KV_WIDTH, kernel.KV_ONE, kernel.PAST_WIDTH),
 ]
 _FIXED = [kernel.LONG_CATCHUPS, kernel.LONG_CATCHUP_ROWS, kernel.PROMPT_CATCHUPS, kernel.PROMPT_CATCHUP_ROWS]
@@ -80,8 +78,7 @@ def fit(trace: TraceFile, n_max: int, n_boot: int = N_BOOT, seed: int = 0) -> Co
     """The cost model of ``trace``, from its steps with one slot active: of a recording or a calibration. Raises
     :class:`TracekitError` where something that is needed was never measured.
     """
-    steps, drift = steadied(Steps.read(trace, n_max), n_max)
-    prices = prices_of(steps, n_max)
+    steps, drift, prices, ratio = fit_steps(Steps.read(trace, n_max), n_max)
     _price_long_catchups(steps.prompt_line, prices, n_max)
     rng = np.random.default_rng(seed)
     boot = []
@@ -90,7 +87,6 @@ def fit(trace: TraceFile, n_max: int, n_boot: int = N_BOOT, seed: int = 0) -> Co
         priced = prices_of(drawn, n_max, otherwise=prices)
         priced[_FIXED] = prices[_FIXED]  # a line through a few dozen prompts; its uncertainty is not drawn
         boot.append(priced * level)
-    ratio = steps.wall / fitted(steps, prices, n_max)
     return CostModel(
         n_max=n_max,
         prices=prices,
@@ -103,10 +99,24 @@ def fit(trace: TraceFile, n_max: int, n_boot: int = N_BOOT, seed: int = 0) -> Co
     )
 
 
-def layout(n_max: int) -> tuple[slice, slice, slice]:
-    """Where the prices of target widths, of catch-up rows, and of widths that are new (0 .. n_max + 1 each) are."""
-    starts = [kernel.N_SCALARS + i * (n_max + 2) for i in range(4)]
-    return tuple(slice(*of) for of in pairwise(starts))
+def fit_steps(steps: Steps, n_max: int) -> tuple[Steps, np.ndarray, np.ndarray, np.ndarray]:
+    """The steadied steps, the drift (:func:`steadied`), the prices, and measured over fitted time.
+
+    Attention reads whole blocks of cells or, as a processor's flash attention, the tokens in them. At a few contexts
+    both fit, and part between these: so not a mixture is taken, but the one that comes nearer to what was measured.
+    """
+    found = []
+    for by_tokens in (False, True):
+        steady, drift = steadied(replace(steps, by_tokens=by_tokens), n_max)
+        prices = prices_of(steady, n_max)
+        found.append((steady, drift, prices, steady.wall / fitted(steady, prices, n_max)))
+    return min(found, key=lambda fit: deviation(fit[-1]))
+
+
+def layout(n_max: int) -> tuple[slice, slice]:
+    """Where the prices of target widths and of catch-up rows (0 .. n_max + 1 each) are."""
+    start, size = kernel.N_SCALARS, n_max + 2
+    return slice(start, start + size), slice(start + size, start + 2 * size)
 
 
 def steadied(steps: Steps, n_max: int) -> tuple[Steps, np.ndarray]:
@@ -136,8 +146,8 @@ def prices_of(steps: Steps, n_max: int, otherwise: np.ndarray | None = None) -> 
     _price_host(on, prices)
     prices[kernel.DRAFT_ROUNDS] += after
     prices[kernel.DRAFT_DECODES] += each
-    bare = _plain_us(steps.take((steps.mtp == 0) & (steps.loaded == 0)), prices, n_max)
-    loaded = _plain_us(steps.take(steps.loaded == 1), prices, n_max)
+    bare = _plain_us(steps.take((steps.mtp == 0) & (steps.loaded == 0)), prices)
+    loaded = _plain_us(steps.take(steps.loaded == 1), prices)
     if otherwise is not None:
         bare = otherwise[[*_PLAIN, kernel.OVER, kernel.BARE]].sum() if bare is None else bare
         loaded = bare - otherwise[kernel.BARE] if loaded is None else loaded
@@ -147,28 +157,27 @@ def prices_of(steps: Steps, n_max: int, otherwise: np.ndarray | None = None) -> 
 
 
 def _occasions(steps: Steps) -> np.ndarray:
-    """The counts :data:`_OCCASIONS` of every step, float64 ``[n, 8]``."""
+    """The counts :data:`_OCCASIONS` of every step, float64 ``[n, 10]``."""
     one, w = steps.width == 1, steps.width
-    cells = (steps.kv * ~one, steps.kv * w * ~one, steps.kv * one, steps.past * w)
-    return np.column_stack((steps.captures * ~one, steps.captures * one, steps.settling, steps.firsts, *cells))
+    kv = steps.kv * ~one * (not steps.by_tokens)
+    context = kv, kv * w, steps.kv * one, steps.past * w * steps.by_tokens
+    shapes = (of * which for of in (steps.reshapes, steps.captures) for which in (~one, one))
+    return np.column_stack((*shapes, steps.settling, steps.firsts, *context))
 
 
-def _plain_us(steps: Steps, prices: np.ndarray, n_max: int) -> float | None:
+def _plain_us(steps: Steps, prices: np.ndarray) -> float | None:
     """What these steps, plain ones, take without context; None where there are none."""
-    time = steps.wall - _occasions(steps) @ prices[_OCCASIONS] - prices[layout(n_max)[2]][1] * steps.reshapes
+    time = steps.wall - _occasions(steps) @ prices[_OCCASIONS]
     return robust_mean(time) if len(time) else None
 
 
 def _price_target(steps: Steps, prices: np.ndarray, n_max: int, before: np.ndarray | None) -> tuple[float, float]:
     """Prices the target's decodes; returns what it takes more after drafts, once and for each decode of them."""
-    widths, _, reshaped = layout(n_max)
-    one = steps.width == 1
-    new = np.column_stack((steps.reshapes * one, steps.reshapes * ~one))
-    beside = np.column_stack((_occasions(steps), new, steps.decodes > 0, steps.decodes))
-    found = within(beside, steps.target, steps.width)
-    prices[_OCCASIONS], (after, each) = found[:-4], found[-2:]
-    prices[reshaped] = np.r_[0.0, found[-4], np.full(n_max, found[-3])]
-    time = steps.target - beside @ found
+    widths = layout(n_max)[0]
+    counts = np.column_stack((_occasions(steps), steps.decodes > 0, steps.decodes))
+    found = beside(counts, steps.target, steps.width)
+    prices[_OCCASIONS], (after, each) = found[:-2], found[-2:]
+    time = steps.target - counts @ found
     known = None if before is None else before[widths]
     prices[widths] = _cells(steps, time, steps.width, n_max, known, "target batches of width")
     return after, each
@@ -179,37 +188,43 @@ def _price_drafting(steps: Steps, prices: np.ndarray, n_max: int, before: np.nda
     if not len(rounds.wall):
         if before is not None:
             shapes = kernel.DRAFT_RESHAPES, kernel.DRAFT_CAPTURES
-            for price in (catchups, *shapes, kernel.KV_DRAFT, kernel.DRAFT_DECODES):
+            for price in (catchups, *shapes, kernel.KV_DRAFT, kernel.PAST_DRAFT, kernel.DRAFT_DECODES):
                 prices[price] = before[price]
         return
     more = rounds.take(rounds.decodes > 1)
-    reshape, capture = _draft_shapes_us(rounds)
+    reshape, capture, per_cell, per_token = _beside_drafts_us(rounds)
     changed, captured = rounds.draft_reshapes[0], rounds.draft_captures[0]
-    per_kv = slopes(rounds.kv, rounds.first, rounds.rows)[0]
     prices[kernel.DRAFT_RESHAPES], prices[kernel.DRAFT_CAPTURES] = reshape, capture
-    prices[kernel.KV_DRAFT] = per_kv
+    prices[kernel.KV_DRAFT], prices[kernel.PAST_DRAFT] = per_cell, per_token
     if len(more.wall):
         beside = reshape * more.draft_reshapes[1] + capture * more.draft_captures[1]
         time = (more.draft - more.first - beside) / (more.decodes - 1)
-        prices[kernel.DRAFT_DECODES] = robust_mean(time - per_kv * more.kv)
+        prices[kernel.DRAFT_DECODES] = robust_mean(time - per_cell * more.kv - per_token * more.past)
     known = None if before is None else before[catchups] + before[kernel.DRAFT_DECODES] - each
-    time = rounds.first - per_kv * rounds.kv - reshape * changed - capture * captured
+    time = (
+        rounds.first
+        - per_cell * rounds.kv
+        - per_token * rounds.past * rounds.rows
+        - reshape * changed
+        - capture * captured
+    )
     prices[catchups] = _cells(steps, time, rounds.rows, n_max, known, "catch-ups of rows", steps.prompt_line)
     prices[catchups] -= prices[kernel.DRAFT_DECODES]
 
 
-def _draft_shapes_us(steps: Steps) -> tuple[float, float]:
-    """What an MTP decode of another shape takes more, and the next of that shape: from the first of each round
-    among rounds of equal rows, and from the mean of the others among rounds of as many.
+def _beside_drafts_us(steps: Steps) -> np.ndarray:
+    """What an MTP decode of another shape takes more, the next of that shape, and any for a cell and a row for a token in memory: from the
+    first of each round among rounds of equal rows, and from the mean of the others among rounds of as many.
     """
     more = steps.take(steps.decodes > 1)
     n = more.decodes - 1
     flags = (steps.draft_reshapes, steps.draft_captures), (more.draft_reshapes, more.draft_captures)
     firsts, others = ([flag[i] for flag in of] for i, of in enumerate(flags))
-    x = np.vstack((np.column_stack((*firsts, steps.kv)), np.column_stack((*(f / n for f in others), more.kv))))
+    firsts = (*firsts, steps.kv, steps.past * steps.rows * steps.by_tokens)
+    others = (*(f / n for f in others), more.kv, more.past * more.by_tokens)
+    x = np.vstack((np.column_stack(firsts), np.column_stack(others)))
     y = np.concatenate((steps.first, (more.draft - more.first) / n))
-    reshape, capture, _ = within(x, y, np.concatenate((steps.rows, -n)))
-    return reshape, capture
+    return beside(x, y, np.concatenate((steps.rows, -n)))
 
 
 def _price_host(steps: Steps, prices: np.ndarray) -> None:
@@ -252,15 +267,15 @@ def _cells(
 
 def fitted(steps: Steps, prices: np.ndarray, n_max: int) -> np.ndarray:
     """Fitted time of every step, microseconds."""
-    widths, catchups, reshaped = layout(n_max)
+    widths, catchups = layout(n_max)
     width, rows = steps.width.astype(int), steps.rows.astype(int)
     time = prices[kernel.STEPS] + prices[kernel.TOKENS] * steps.emitted + prices[widths][width]
-    time += _occasions(steps) @ prices[_OCCASIONS] + prices[reshaped][width] * steps.reshapes
+    time += _occasions(steps) @ prices[_OCCASIONS]
     drafting = prices[catchups][rows] + steps.decodes * (
         prices[kernel.DRAFT_DECODES] + prices[kernel.KV_DRAFT] * steps.kv
     )
     drafting += prices[kernel.DRAFT_ROUNDS] + prices[kernel.DRAFT_RESHAPES] * sum(steps.draft_reshapes)
-    drafting += prices[kernel.DRAFT_CAPTURES] * sum(steps.draft_captures)
+    drafting += prices[kernel.DRAFT_CAPTURES] * sum(steps.draft_captures) + prices[kernel.PAST_DRAFT] * steps.draft_past
     off = prices[kernel.OVER] + prices[kernel.BARE] * (steps.loaded == 0)
     return time + np.where(steps.decodes > 0, drafting, 0.0) + np.where(steps.mtp == 0, off, 0.0)
 

@@ -6,8 +6,7 @@ happened rather than adding up time, so its counts are exact and any cost model 
 
 Counts of one request, int64 ``[n_counts(n_max)]``: the scalars named below, then a histogram of target batch widths
 (0 .. ``n_max + 1``), then one of rows in the first MTP decode of a round (0 .. ``n_max + 1``; longer ones are in
-LONG_CATCHUPS and LONG_CATCHUP_ROWS), then one of the widths of those target batches that had another shape, another
-width or more cells, than the one before: llama.cpp builds a new graph for them.
+LONG_CATCHUPS and LONG_CATCHUP_ROWS).
 """
 
 import numpy as np
@@ -41,10 +40,13 @@ SETTLING = 22  # over steps without drafts: how many of CALM steps are left unti
 FIRSTS = 23  # first target decodes after a prompt
 PAST_WIDTH = 24  # tokens in memory times the batch width: of the cells, those that flash attention reads on a processor
 KV_ONE = 25  # cells given in steps of one row, which backends have kernels of their own for
-N_SCALARS = 26
+RESHAPES = 26  # target decodes of several rows, of another width or over more cells than the one before: a new graph
+RESHAPES_ONE = 27  # the same of one row
+PAST_DRAFT = 28  # tokens in memory times rows of MTP decodes, of a long catch-up one
+N_SCALARS = 29
 CALM = 16  # steps without drafts, after drafts or a prompt, by which that is over; measured on a processor
 KV_BLOCK = 256  # cells are read in whole blocks: llama.cpp, src/llama-kv-cache.cpp, get_n_kv
-_STEP = 1 << 42  # one step of a width, beside the tokens in memory that are summed below it until the walk is over
+_STEP = 1 << 42  # one step in a histogram, beside the tokens in memory that are summed below it until the walk is over
 
 
 def n_kv(n_tokens):
@@ -61,7 +63,7 @@ def n_kv_sum(n_tokens):
 
 def n_counts(n_max):
     """Length of the counts for drafts of up to ``n_max`` tokens."""
-    return N_SCALARS + 3 * (n_max + 2)
+    return N_SCALARS + 2 * (n_max + 2)
 
 
 def params_of(row):
@@ -81,7 +83,6 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
     n_max = probs.shape[1]
     width_at = N_SCALARS
     catchup_at = N_SCALARS + n_max + 2
-    reshaped_at = N_SCALARS + 2 * (n_max + 2)
     generated = 1
     behind = n_prompt + 1  # rows the MTP context has not seen, the last token's included
     asked, p_min = decide(params, state, Now(1, n_prompt, max_tokens - 1, 1))
@@ -94,11 +95,11 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
     rows_before = 0  # of the MTP context's last decode, likewise
     draft_new = steady = False  # whether that was another shape than the one before; whether it was one row again
     room = min(n_ctx - n_prompt - 1, max_tokens - 1)  # tokens generated before drafts stop fitting
-    accepted = emitted = trips = inexact = stopped = kv_stopped = 0
+    accepted = emitted = trips = inexact = stopped = kv_stopped = past_stopped = 0
     in_shape = 0  # steps since the shape of the target's batch last changed
     calm = settling = 0  # steps without drafts since the last with some, or since the prompt
-    kv_all = kv_one = kv_drafted = long_catchups = long_rows = 0
-    captures = captures_one = draft_reshapes = draft_captures = wide = 0
+    kv_more = kv_one = kv_drafted = long_catchups = long_rows = 0
+    reshapes = reshapes_one = captures = captures_one = draft_reshapes = draft_captures = wide = 0
     match, known = match[first : first + n_generated - 1], known[first : first + n_generated - 1]
     while generated < n_generated:
         past = n_prompt + generated - 1
@@ -123,11 +124,12 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
                 if drafted < n:  # one more was decoded to see that it is improbable
                     stopped += 1
                     kv_stopped += n_kv(past + 1)
+                    past_stopped += past
                 unsure |= blind
             accepted = min(drafted, int(match[np.uint64(generated - 1)]))
             inexact += unsure or drafted > known[np.uint64(generated - 1)]
             if behind < n_max + 2:
-                counts[np.uint64(catchup_at + behind)] += 1
+                counts[np.uint64(catchup_at + behind)] += _STEP + past
             else:
                 long_catchups += 1
                 long_rows += behind
@@ -158,13 +160,14 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
         counts[np.uint64(width_at + 1 + drafted)] += _STEP + past
         shape = n_kv(past + 1 + drafted) + drafted  # fewer than KV_BLOCK: tracekit.engine.settings.MOST_DRAFTS
         if shape != shape_before:
-            counts[np.uint64(reshaped_at + 1 + drafted)] += 1
+            reshapes += drafted > 0
+            reshapes_one += drafted == 0
             one = shape_before & (KV_BLOCK - 1) == 0
             cells = in_shape * (shape_before & -KV_BLOCK)
-            captures += in_shape > 1
+            captures += in_shape > 1 and not one
             captures_one += in_shape > 1 and one
             kv_drafted += cells * (shape_before & (KV_BLOCK - 1))
-            kv_all += cells
+            kv_more += cells * (not one)
             kv_one += cells * one
             in_shape = 0
             shape_before = shape
@@ -174,7 +177,7 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
         behind += emitted
     one = shape_before & (KV_BLOCK - 1) == 0
     cells = in_shape * (shape_before & -KV_BLOCK)
-    kv_all += cells
+    kv_more += cells * (not one)
     kv_one += cells * one
     kv_drafted += cells * (shape_before & (KV_BLOCK - 1))
     over = n_generated - generated
@@ -183,33 +186,32 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
         before, last = n_prompt + generated - 1, n_prompt + n_generated - 1
         kv = n_kv(before + 1)
         if shape_before != kv:
-            counts[reshaped_at + 1] += 1
-            captures += in_shape > 1
+            reshapes_one += 1
+            captures += in_shape > 1 and not one
             captures_one += in_shape > 1 and one
             in_shape = 0
         blocks = (n_kv(last) - kv) // KV_BLOCK  # entered on the way
-        counts[reshaped_at + 1] += blocks
+        reshapes_one += blocks
         if blocks > 0:
-            captured = (in_shape + kv - before > 1) + blocks - 1
-            captures += captured
-            captures_one += captured
+            captures_one += (in_shape + kv - before > 1) + blocks - 1
             in_shape = last - (n_kv(last) - KV_BLOCK)
         else:
             in_shape += over
         kv_one += n_kv_sum(last) - n_kv_sum(before)
-        kv_all += n_kv_sum(last) - n_kv_sum(before)
         counts[width_at + 1] += over * _STEP + over * before + over * (over - 1) // 2
         unsettled = min(over, max(CALM - calm, 0))
         settling += unsettled * (CALM - calm) - unsettled * (unsettled - 1) // 2
         accepted = 0
         emitted = 1
         one = True
-    steps = drafted_all = rounds = past_width = 0  # the rest is in the histograms
+    steps = drafted_all = rounds = past_width = past_drafted = 0  # the rest is in the histograms
     for n in range(n_max + 1):
         past_width += (counts[width_at + 1 + n] % _STEP) * (n + 1)
+        past_drafted += (counts[width_at + 1 + n] % _STEP) * n + (counts[catchup_at + 1 + n] % _STEP) * n
         counts[width_at + 1 + n] //= _STEP
         steps += counts[width_at + 1 + n]
         drafted_all += counts[width_at + 1 + n] * n
+        counts[catchup_at + 1 + n] //= _STEP
         rounds += counts[catchup_at + 1 + n]
     counts[STEPS] = steps
     counts[VERIFICATIONS] = steps - counts[width_at + 1]
@@ -220,21 +222,23 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
     counts[DRAFT_DECODES] = drafted_all + stopped
     counts[TRIPS] = trips
     counts[INEXACT] = inexact
-    counts[KV] = kv_all - kv_one
-    counts[KV_WIDTH] = kv_all - kv_one + kv_drafted
+    counts[KV] = kv_more
+    counts[KV_WIDTH] = kv_more + kv_drafted
     counts[KV_DRAFT] = kv_drafted + kv_stopped
     counts[LONG_CATCHUPS] = long_catchups
     counts[LONG_CATCHUP_ROWS] = long_rows
     counts[DRAFT_RESHAPES] = draft_reshapes + 2 * wide
     counts[OVER] = over
-    captures_one += in_shape > 1 and one
-    counts[CAPTURES] = captures + (in_shape > 1) - captures_one
-    counts[CAPTURES_ONE] = captures_one
+    counts[RESHAPES] = reshapes
+    counts[RESHAPES_ONE] = reshapes_one
+    counts[CAPTURES] = captures + (in_shape > 1 and not one)
+    counts[CAPTURES_ONE] = captures_one + (in_shape > 1 and one)
     counts[DRAFT_CAPTURES] = draft_captures + wide
     counts[SETTLING] = settling
     counts[FIRSTS] = n_generated > 1
     counts[KV_ONE] = kv_one
     counts[PAST_WIDTH] = past_width
+    counts[PAST_DRAFT] = past_drafted + past_stopped
     return state
 
 

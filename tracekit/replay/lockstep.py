@@ -33,21 +33,25 @@ RESHAPES = HOST + 13  # passes of another shape than the one before: llama.cpp b
 CAPTURES = HOST + 14  # passes of the shape of the one before, which was new: CUDA captures the graph
 KV = HOST + 15  # cells that attention reads, summed over passes
 KV_ROWS = HOST + 16  # the same times the rows that read them
-DRAFT_FIRSTS = HOST + 17  # steps whose drafting began: the batch is put together
-DRAFT_DECODES = HOST + 18  # of the MTP context
-DRAFT_OUTPUTS = HOST + 19
-DRAFT_PROBS = HOST + 20  # of these outputs, with the draft's probability measured
-DRAFT_RESHAPES = HOST + 21
-DRAFT_CAPTURES = HOST + 22
-KV_DRAFT = HOST + 23
-AHEADS = HOST + 24  # prompts caught up as they were read
-AHEAD_ROWS = HOST + 25
-ROWS = HOST + 26  # stretches of target rows
+PAST_ROWS = (
+    HOST + 17
+)  # tokens in memory of the slots that generate, times their rows: what flash attention reads of these cells on a processor
+DRAFT_FIRSTS = HOST + 18  # steps whose drafting began: the batch is put together
+DRAFT_DECODES = HOST + 19  # of the MTP context
+DRAFT_OUTPUTS = HOST + 20
+DRAFT_PROBS = HOST + 21  # of these outputs, with the draft's probability measured
+DRAFT_RESHAPES = HOST + 22
+DRAFT_CAPTURES = HOST + 23
+KV_DRAFT = HOST + 24
+AHEADS = HOST + 25  # prompts caught up as they were read
+AHEAD_ROWS = HOST + 26
+ROWS = HOST + 27  # stretches of target rows
 KNOTS = np.array([*range(8), *range(8, 16, 2), *range(16, 32, 4), *range(32, 64, 8), 64, 80, 96, 128, 160, 192, 256])
 N_KNOTS = len(KNOTS)
 DRAFT_ROWS = ROWS + N_KNOTS  # stretches of MTP rows
 N_COUNTS = DRAFT_ROWS + N_KNOTS
 
+TILE = 64
 FREE = -1
 NOTHING = (-1, False)  # the shape of a decode, and whether the one before had another; here: of none
 
@@ -119,13 +123,16 @@ def book_target(counts, rows, past, n_prompt, n_read, n_ubatch, unified, tail, m
     below 0) a batch is one pass, otherwise :func:`next_pass` splits it. Prompts' rows, whose slots a trace does not
     tell, count as a pass of their own there.
     """
-    n = 0
+    n = by_row = 0
     tokens = n_prompt + n_read
     for s in range(len(rows)):
         n += rows[s]
+        by_row += rows[s] * past[s]
         tokens += rows[s] + past[s] * (rows[s] > 0)
     counts[OUTPUTS] += n
     loaded = tail > 0 and not mtp
+    if n + n_prompt * unified < TILE:
+        counts[PAST_ROWS] += by_row
     if unified and tail < 0:
         left = n + n_prompt
         while left > 0:

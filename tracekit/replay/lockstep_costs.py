@@ -12,18 +12,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
-from scipy.linalg import solve_triangular
-from scipy.optimize import nnls
 
 from tracekit.errors import TracekitError
 from tracekit.policy.rule import rule
 from tracekit.replay import link, lockstep
 from tracekit.replay.costs import N_BOOT, CostModel, measured_cells
-from tracekit.replay.robust import LEAST, blocks_of, deviation, members, pulled_in, slowness_of, widened
+from tracekit.replay.robust import LEAST, blocks_of, deviation, members, not_negative, pulled_in, slowness_of, widened
 from tracekit.trace.store import TraceFile
 
 Sizes = tuple[int, int, int, bool, int, int]  # tracekit.replay.serving.Serving.sizes
-_MOST = 100 * lockstep.N_COUNTS  # iterations: SciPy's default of a few per price is an error where prices trade places
 _BARE = ~pl.col("mtp") & ~pl.col("snapshots")  # steps without MTP, or as if
 _ROWS = np.arange(lockstep.ROWS, lockstep.DRAFT_ROWS)
 _DRAFT_ROWS = np.arange(lockstep.DRAFT_ROWS, lockstep.N_COUNTS)
@@ -156,7 +153,7 @@ class _Steps:
         for _ in range(4):
             w = 1 / np.maximum(fitted, 1e-3 * np.median(y) + 1e-9)
             weighted, aim = x * w[:, None], pulled * w
-            fitted = x @ _solve(np.vstack((weighted.T @ weighted, aim @ weighted)))
+            fitted = x @ not_negative(weighted.T @ weighted, aim @ weighted)
             pulled = fitted * pulled_in(y / np.maximum(fitted, 1e-9))
         for b, rows in enumerate(members(block, len(out))):
             out[b, :-1], out[b, -1] = weighted[rows].T @ weighted[rows], aim[rows] @ weighted[rows]
@@ -230,19 +227,6 @@ def _counts(frame: pl.DataFrame, slots: pl.DataFrame, sizes: Sizes) -> np.ndarra
     return counts
 
 
-def _solve(gram: np.ndarray) -> np.ndarray:
-    """Prices, none negative, from the products of one part: float64 ``[n + 1, n]``."""
-    products, aim = gram[:-1], gram[-1]
-    used = products.diagonal() > 0
-    out = np.zeros(len(aim))
-    if used.any():
-        scale = np.sqrt(products.diagonal()[used])
-        scaled = products[np.ix_(used, used)] / scale[:, None] / scale
-        root = np.linalg.cholesky(scaled + 1e-9 * np.eye(len(scale)))
-        out[used] = nnls(root.T, solve_triangular(root, aim[used] / scale, lower=True), maxiter=_MOST)[0] / scale
-    return out
-
-
 def _alike(counts: np.ndarray) -> np.ndarray:
     """Stretches of rows that too few batches end in have no price of their own: neighbours share one, so that a time
     between two sizes measured lies on the line between theirs, and one beyond all of them on the last line.
@@ -270,7 +254,7 @@ def _prices(grams: list[np.ndarray], steps: _Steps) -> np.ndarray:
     """
     prices = np.zeros(lockstep.N_COUNTS)
     for gram, columns in zip(grams, _PARTS.values(), strict=True):
-        prices[columns] = _solve(gram)
+        prices[columns] = not_negative(gram[:-1], gram[-1])
     prices = prices[steps.alike]
     beyond = steps.frame["n_catchup"].max() <= lockstep.KNOTS
     prices[_DRAFT_ROWS[beyond]] = prices[lockstep.AHEAD_ROWS]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy.linalg import solve_triangular
 from scipy.optimize import isotonic_regression, nnls
 from scipy.stats import theilslopes
 
@@ -10,6 +11,7 @@ LEAST = 5  # measurements that make a cell
 _MOST = 5  # times the median of its like: whatever took longer did other things as well
 _TAIL = 0.5  # of a median: as far from it an ordinary slow step may be, where others share the machine
 _PAIRED = 500  # values whose pairs a line goes by, of more every so-many-th
+_ITERATIONS = 100  # per price: SciPy's default of a few is an error where prices trade places
 _PIECES = 10  # of a stretch of time that is the only one
 
 
@@ -91,66 +93,44 @@ def blocks_of(block: np.ndarray) -> tuple[np.ndarray, int]:
     return (np.arange(len(block)) % _PIECES if n == 1 else block), n
 
 
-def within(x: np.ndarray, y: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """How ``y`` grows with each column of ``x``, float64 ``[n, n_columns]``, among equal ``keys``, none negative: least
-    squares of the differences from each key's mean, what is far off pulled in, beginning with what took more than
-    :data:`_MOST` times its key's median. A column that is constant for every key gets 0.
+def beside(x: np.ndarray, y: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """How ``y`` grows with each column of ``x``, float64 ``[n, n_columns]``, beside a level for every size, and not at
+    the cost of the levels: least squares of both together, where nothing is negative and no level below that of a
+    smaller size. A column that is constant for every size gets 0.
+
+    What is far off for its size is pulled in, beginning with what took more than :data:`_MOST` times the median.
     """
     if not len(y):
         return np.zeros(x.shape[1])
-    groups = np.unique(keys, return_inverse=True)[1]
-    counts = np.bincount(groups)
-
-    def apart(values: np.ndarray) -> np.ndarray:
-        return values - (np.bincount(groups, values) / counts)[groups]
-
-    columns = np.column_stack([apart(column) for column in x.T.astype(float)])
-    scale = np.sqrt((columns**2).sum(0))
-    columns = np.where(scale > 1e-9 * (1 + np.abs(x).max(0)), columns / np.maximum(scale, 1e-300), 0.0)
-    every = members(groups, len(counts))
+    values, groups = np.unique(sizes, return_inverse=True)
+    every = members(groups, len(values))
+    told = np.array([np.ptp(x[of], axis=0) for of in every]).any(0)
+    columns = np.column_stack((x * told, groups[:, None] >= np.arange(len(values)))).astype(float)
+    products = columns.T @ columns
     medians = np.array([np.median(y[of]) for of in every])
-    y = np.minimum(y, _MOST * np.maximum(medians, 0)[groups])
-    aim, found = apart(y), np.zeros(x.shape[1])
-    wanted = aim
+    aim = np.minimum(y, _MOST * np.maximum(medians, 0)[groups])
+    wanted, found = aim, medians
     for _ in range(4):
-        found = nnls(columns, wanted)[0]
+        found = not_negative(products, wanted @ columns)
         fitted = columns @ found
         left = aim - fitted
         for of in every:
             left[of] = pulled_in(left[of])
         wanted = fitted + left
-    return found / np.maximum(scale, 1e-300)
+    return found[: x.shape[1]]
 
 
-def slopes(x: np.ndarray, y: np.ndarray, keys: np.ndarray) -> tuple[float, float]:
-    """How ``y`` grows with ``x``, which has few values, as ``a + b * key``; neither is negative.
-
-    In each cell of equal ``key`` the slope is a line's through the robust mean at every value of ``x``.
-    """
-    found, weight, most = {}, {}, {}
-    for key in np.unique(keys):
-        here = keys == key
-        values, counts = np.unique(x[here], return_counts=True)
-        values, counts = values[counts >= LEAST], counts[counts >= LEAST]
-        if len(values) < 2:
-            continue
-        means = np.array([robust_mean(y[here & (x == v)]) for v in values])
-        away = values - np.average(values, weights=counts)
-        weight[key] = float((counts * away**2).sum())
-        slope = float((counts * away * means).sum()) / weight[key]
-        # context cannot cost more than everything there is: noise must not drive a cell's level below zero
-        most[key] = 0.8 * float((means / values).min())
-        found[key] = min(max(slope, 0.0), most[key])
-    if not found:
-        return 0.0, 0.0
-    key, slope, w = np.array(list(found)), np.array(list(found.values())), np.array(list(weight.values()))
-    mean_key, mean_slope = np.average(key, weights=w), np.average(slope, weights=w)
-    variance = np.average((key - mean_key) ** 2, weights=w)
-    b = np.average((key - mean_key) * (slope - mean_slope), weights=w) / variance if variance else 0.0
-    b = float(np.clip(b, 0.0, mean_slope / mean_key))
-    a = float(mean_slope - b * mean_key)
-    share = min([1.0, *(most[k] / (a + b * k) for k in most if a + b * k > 0)])
-    return share * a, share * b
+def not_negative(products: np.ndarray, aim: np.ndarray) -> np.ndarray:
+    """Non-negative least squares from ``X'X``, float64 ``[n, n]``, and ``X'y``; what is nowhere counted gets 0."""
+    used = products.diagonal() > 0
+    out = np.zeros(len(aim))
+    if used.any():
+        scale = np.sqrt(products.diagonal()[used])
+        scaled = products[np.ix_(used, used)] / scale[:, None] / scale
+        root = np.linalg.cholesky(scaled + 1e-9 * np.eye(len(scale)))
+        found = nnls(root.T, solve_triangular(root, aim[used] / scale, lower=True), maxiter=_ITERATIONS * len(scale))[0]
+        out[used] = found / scale
+    return out
 
 
 def line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:

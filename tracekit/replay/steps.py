@@ -32,6 +32,7 @@ class Steps:
     advice: str  # where something is missing
     prompt_line: tuple[float, float] | None  # microseconds of a prompt's catch-up in one batch: fixed, and per row
     n_blocks: int  # stretches of time
+    by_tokens: bool  # whether drafts and their verification read the tokens in memory alone, not whole blocks of cells
     block: np.ndarray  # consecutive requests of one prompt: close together in time
     mtp: np.ndarray
     loaded: np.ndarray  # without MTP, where it was loaded and snapshots of the state were taken all the same
@@ -117,7 +118,7 @@ class Steps:
         advice = alone if several and not calibration else _MORE[verb]
         columns = {c: frame[c].cast(pl.Float64).to_numpy() for c in frame.columns}
         columns["block"], n_blocks = blocks_of(columns["block"])
-        found = cls(str(trace.path), advice, _prompt_line(trace), n_blocks, **columns)
+        found = cls(str(trace.path), advice, _prompt_line(trace), n_blocks, False, **columns)
         if ((found.mtp == 0) & (found.loaded == 0)).sum() < LEAST:
             baseline = alone if several else f"record with --baseline, {_OR}"
             raise TracekitError(f"{trace.path}: the baseline without MTP was not recorded; {baseline}")
@@ -125,8 +126,8 @@ class Steps:
 
     def take(self, chosen: np.ndarray) -> Steps:
         """The steps at ``chosen`` (a mask or indices)."""
-        columns = (getattr(self, f.name)[chosen] for f in fields(self)[4:])
-        return Steps(self.path, self.advice, self.prompt_line, self.n_blocks, *columns)
+        columns = {f.name: getattr(self, f.name)[chosen] for f in fields(self)[5:]}
+        return replace(self, **columns)
 
     def slowed(self, by: np.ndarray) -> Steps:
         """All times multiplied by ``by``, float64 ``[n]``."""
@@ -146,6 +147,11 @@ class Steps:
     def host(self) -> np.ndarray:
         """What a step takes beside decoding and sampling."""
         return self.wall - self.target - self.draft - self.catchup - self.sample
+
+    @property
+    def draft_past(self) -> np.ndarray:
+        """Tokens in memory times rows of MTP decodes."""
+        return np.where(self.decodes > 0, self.past * (self.rows + self.decodes - 1), 0.0)
 
     @property
     def draft_reshapes(self) -> tuple[np.ndarray, np.ndarray]:

@@ -391,6 +391,37 @@ def test_two_contexts_tell_what_lies_between_them(by_tokens):
         assert found == pytest.approx(draft_us(past, width, width), rel=0.05)
 
 
+def test_few_plain_steps_do_not_tell_what_a_prompt_stirs_up():
+    """A calibration's plain steps with MTP are four after each prompt, of those without seventeen: what the first of
+    either take more is told by the longer stretch, and what a baseline takes is what was measured of it in the end.
+    """
+    rng = np.random.default_rng(2)
+    names = [f.name for f in fields(Steps)[5:]]
+    rows: list[dict[str, float]] = []
+    plain_us = {(False, False): 190, (False, True): 215, (True, False): 220}  # by MTP, and off with it loaded
+    for block, context, kind in itertools.product(range(3), (64, 200), plain_us):
+        for i in range(4 if kind[0] else 17):
+            stirred = (150, 24, 12)[i] if i < 3 else 0
+            target = plain_us[kind] + stirred + 6 * rng.standard_normal()
+            counted = (block, *kind, 256, context + i, 1, i == 0, i == 1, 16 - i if i < 16 else 0, False, 1, 0)
+            rows.append(dict(zip(names, (*counted, 0, 1, False, target, 0, 0, 0, 5, target + 10), strict=True)))
+        for drafts in np.repeat([1, 2], 4) if kind[0] else ():
+            target = 220 + 80 * drafts + 6 * rng.standard_normal()
+            counted = (block, True, False, 256, context, drafts + 1, False, False, 0, False, 1, drafts)
+            times = (target, 60, 60 * drafts, 0, 5, target + 60 * drafts + 10)
+            rows.append(dict(zip(names, (*counted, 1, 1, False, *times), strict=True)))
+    steps = Steps("", "", (50.0, 10.0), 3, False, *(np.array([r[name] for r in rows], float) for name in names))
+    _, _, prices, _ = fit_steps(steps, 2)
+    beside = 256 * prices[kernel.KV_ONE] + 130 * prices[kernel.PAST_WIDTH] + 8 * prices[kernel.SETTLING]
+    for kind, extra in (
+        ((True, False), []),
+        ((False, True), [kernel.OVER]),
+        ((False, False), [kernel.OVER, kernel.BARE]),
+    ):
+        assert prices[[*_PLAIN, *extra]].sum() + beside == pytest.approx(plain_us[kind] + 10, rel=0.03), kind
+    assert 16 * prices[kernel.SETTLING] < 10
+
+
 def test_a_step_in_which_the_machine_slept_changes_no_price():
     """One decode of minutes among thousands of milliseconds: the prices are what they are without it, to 2 %."""
     steps = Steps.read(open_trace(SHIPPED), 8)

@@ -141,7 +141,6 @@ def test_calibration_measures_the_baseline_without_snapshots(model, settings, pl
     for n_slots in plan.slots:
         table = League.of(open_trace(probe), trace, n_slots).table(parse("off,static:n_max=1..6/1"))
         assert (table["tokens_per_second"] > 0).all()
-        assert 0.5 < table["speedup"][0] < 1.2  # off takes snapshots in vain, the baseline none
 
 
 def test_slots_of_one_memory_whose_states_llama_cpp_would_mix_up_are_refused(model, settings):

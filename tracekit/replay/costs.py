@@ -141,7 +141,7 @@ def steadied(steps: Steps, n_max: int) -> tuple[Steps, np.ndarray]:
 def prices_of(steps: Steps, n_max: int, otherwise: np.ndarray | None = None) -> np.ndarray:
     """Prices of all counts; what these steps do not measure is taken from ``otherwise``, or refused without it."""
     prices, on = np.zeros(kernel.n_counts(n_max)), steps.take(steps.mtp == 1)
-    after, each = _price_target(on, prices, n_max, otherwise)
+    after, each = _price_target(steps, prices, n_max, otherwise)
     _price_drafting(on, prices, n_max, otherwise, each)
     _price_host(on, prices)
     prices[kernel.DRAFT_ROUNDS] += after
@@ -175,11 +175,13 @@ def _price_target(steps: Steps, prices: np.ndarray, n_max: int, before: np.ndarr
     """Prices the target's decodes; returns what it takes more after drafts, once and for each decode of them."""
     widths = layout(n_max)[0]
     counts = np.column_stack((_occasions(steps), steps.decodes > 0, steps.decodes))
-    found = beside(counts, steps.target, steps.width)
+    kind = np.where(steps.mtp == 1, steps.width, steps.loaded - 1)  # without MTP: levels of their own
+    found = beside(counts, steps.target, kind)
     prices[_OCCASIONS], (after, each) = found[:-2], found[-2:]
-    time = steps.target - counts @ found
+    on = steps.mtp == 1
+    time = (steps.target - counts @ found)[on]
     known = None if before is None else before[widths]
-    prices[widths] = _cells(steps, time, steps.width, n_max, known, "target batches of width")
+    prices[widths] = _cells(steps, time, steps.width[on], n_max, known, "target batches of width")
     return after, each
 
 

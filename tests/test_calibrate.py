@@ -353,7 +353,7 @@ def test_long_prompts_are_not_a_slow_machine():
 @pytest.mark.parametrize("by_tokens", [False, True])
 def test_two_contexts_tell_what_lies_between_them(by_tokens):
     """Measured at 64 and 300 tokens, where blocks of cells and the tokens in them grow alike: decodes at 180 tokens are
-    predicted within 3 %, and MTP decodes within 5 %, whichever of both the backend reads; no width has a negative price.
+    predicted within 3 %, and MTP decodes within 5 %, whichever of both the backend reads. No width's price is negative.
     """
 
     def target_us(past: int, width: int) -> float:

@@ -117,12 +117,18 @@ def test_compiled_equals_interpreted_in_lockstep(seed, n_slots, unified, tail):
     ],
 )
 def test_passes_over_the_weights(rows, unified, tail, passes):
-    """A batch is split into passes as llama.cpp splits it: by hand from src/llama-batch.cpp."""
-    counts = np.zeros(lockstep.N_COUNTS)
-    lockstep.book_target(counts, np.array(rows), np.zeros(4, int), 0, 0, 64, unified, tail, True, lockstep.NOTHING)
+    """A batch is split into passes as llama.cpp splits it: by hand from src/llama-batch.cpp. Where attention does not
+    take rows together the tokens that they read are counted.
+    """
+    counts, past = np.zeros(lockstep.N_COUNTS), np.array([10, 20, 30, 40])
+    lockstep.book_target(counts, np.array(rows), past, 0, 0, 64, unified, tail, True, lockstep.NOTHING)
     assert counts[lockstep.BATCHES] == len(passes)
     assert counts[lockstep.ROWS_MTP] == counts[lockstep.OUTPUTS] == sum(n for n, _ in passes)
-    assert counts[lockstep.KV] == 256 * sum(memories for _, memories in passes)
+    tiled = [n >= 64 * memories for n, memories in passes]
+    cells = [256 * memories for _, memories in passes]
+    assert counts[lockstep.KV_TILED] == sum(c for c, together in zip(cells, tiled, strict=True) if together)
+    assert counts[lockstep.KV] + counts[lockstep.KV_TILED] == sum(cells)
+    assert counts[lockstep.PAST_ROWS] == (0 if any(tiled) else np.array(rows) @ past)
     stretches = np.diff([*lockstep.KNOTS, 10**6])
     filled = sum(np.clip(n - lockstep.KNOTS, 0, stretches) for n, _ in passes)
     assert (counts[lockstep.ROWS : lockstep.DRAFT_ROWS] == filled).all()
@@ -208,7 +214,8 @@ def test_prices_are_found_again(several):
     steps = lockstep_costs._Steps.read(trace, N_MAX, serving.sizes)
     rng = np.random.default_rng(0)
     prices = np.r_[np.zeros(lockstep.HOST), rng.uniform(10, 50, lockstep.N_COUNTS - lockstep.HOST)]
-    prices[[lockstep.KV, lockstep.KV_ROWS, lockstep.KV_DRAFT]] = rng.uniform(0, 0.01, 3)
+    prices[lockstep.KV : lockstep.KV_ROWS_TILED + 1] = rng.uniform(0, 0.01, 5)
+    prices[lockstep.KV_DRAFT] = rng.uniform(0, 0.01)
     prices = prices[steps.alike]
     made = {part: steps.counts[:, columns] @ prices[columns] for part, columns in lockstep_costs._PARTS.items()}
     steps = replace(steps, measured=made | {"wall": sum(made.values())})
@@ -218,6 +225,25 @@ def test_prices_are_found_again(several):
     p = positions(trace)
     times = serving.times(policies, p, found).sum(1), serving.times(policies, p, prices).sum(1)
     assert np.allclose(*times, rtol=0.01)
+
+
+@pytest.mark.parametrize("by_tokens", [False, True])
+def test_what_rows_read_is_found_out(several, by_tokens):
+    """Whether a backend reads whole blocks of cells or the tokens in them is told from the times, and priced alone."""
+    trace = open_trace(several[1])
+    steps = lockstep_costs._Steps.read(trace, N_MAX, Serving.of(trace).sizes)
+    read, other = lockstep.PAST_ROWS, lockstep.KV_ROWS
+    if not by_tokens:
+        read, other = other, read
+    target = 300 + steps.counts[:, lockstep.BATCHES : lockstep.KV] @ np.full(lockstep.KV - lockstep.BATCHES, 10.0)
+    target += 2 * steps.counts[:, read]
+    target *= 1 + 0.02 * np.random.default_rng(0).standard_normal(len(target))
+    made = steps.measured | {"target": target}
+    made["wall"] = sum(made[part] for part in lockstep_costs._PARTS)
+    chosen, _, prices, _, _ = lockstep_costs.fit_steps(replace(steps, measured=made))
+    assert not chosen.counts[:, other].any()
+    assert prices[read] == pytest.approx(2, rel=0.1)
+    assert prices[other] == 0
 
 
 def test_tune_over_several_slots(several, tmp_path):

@@ -215,8 +215,9 @@ def _price_drafting(steps: Steps, prices: np.ndarray, n_max: int, before: np.nda
 
 
 def _beside_drafts_us(steps: Steps) -> np.ndarray:
-    """What an MTP decode of another shape takes more, the next of that shape, and any for a cell and a row for a token in memory: from the
-    first of each round among rounds of equal rows, and from the mean of the others among rounds of as many.
+    """What an MTP decode takes more that has another shape than the one before, or is the next of that shape, for each
+    cell of context, and for each token in memory of each row: from the first of each round among rounds of equal rows,
+    and from the mean of the others among rounds of as many.
     """
     more = steps.take(steps.decodes > 1)
     n = more.decodes - 1

@@ -31,27 +31,27 @@ ROWS_LOADED = HOST + 11
 OUTPUTS = HOST + 12  # rows whose logits were wanted
 RESHAPES = HOST + 13  # passes of another shape than the one before: llama.cpp builds its graph again
 CAPTURES = HOST + 14  # passes of the shape of the one before, which was new: CUDA captures the graph
-KV = HOST + 15  # cells that attention reads, summed over passes
+KV = HOST + 15  # cells that attention reads, summed over passes of fewer than TILE rows of a memory
 KV_ROWS = HOST + 16  # the same times the rows that read them
-PAST_ROWS = (
-    HOST + 17
-)  # tokens in memory of the slots that generate, times their rows: what flash attention reads of these cells on a processor
-DRAFT_FIRSTS = HOST + 18  # steps whose drafting began: the batch is put together
-DRAFT_DECODES = HOST + 19  # of the MTP context
-DRAFT_OUTPUTS = HOST + 20
-DRAFT_PROBS = HOST + 21  # of these outputs, with the draft's probability measured
-DRAFT_RESHAPES = HOST + 22
-DRAFT_CAPTURES = HOST + 23
-KV_DRAFT = HOST + 24
-AHEADS = HOST + 25  # prompts caught up as they were read
-AHEAD_ROWS = HOST + 26
-ROWS = HOST + 27  # stretches of target rows
+PAST_ROWS = HOST + 17  # tokens in memory times rows of these passes: of the cells, those that flash attention reads
+KV_TILED = HOST + 18  # cells, summed over passes of more rows
+KV_ROWS_TILED = HOST + 19
+DRAFT_FIRSTS = HOST + 20  # steps whose drafting began: the batch is put together
+DRAFT_DECODES = HOST + 21  # of the MTP context
+DRAFT_OUTPUTS = HOST + 22
+DRAFT_PROBS = HOST + 23  # of these outputs, with the draft's probability measured
+DRAFT_RESHAPES = HOST + 24
+DRAFT_CAPTURES = HOST + 25
+KV_DRAFT = HOST + 26
+AHEADS = HOST + 27  # prompts caught up as they were read
+AHEAD_ROWS = HOST + 28
+ROWS = HOST + 29  # stretches of target rows
 KNOTS = np.array([*range(8), *range(8, 16, 2), *range(16, 32, 4), *range(32, 64, 8), 64, 80, 96, 128, 160, 192, 256])
 N_KNOTS = len(KNOTS)
 DRAFT_ROWS = ROWS + N_KNOTS  # stretches of MTP rows
 N_COUNTS = DRAFT_ROWS + N_KNOTS
 
-TILE = 64
+TILE = 64  # rows from which on a processor's flash attention takes them together: ggml-cpu, common.h, GGML_FA_TILE_Q
 FREE = -1
 NOTHING = (-1, False)  # the shape of a decode, and whether the one before had another; here: of none
 
@@ -70,9 +70,9 @@ def stretch(counts, at, rows):
         counts[at + i] += min(rows, end) - KNOTS[i]
 
 
-def book_pass(counts, rows, seqs, cells, shape, before, mtp, loaded):
-    """One pass of the target over ``rows`` rows of ``seqs`` sequences with ``cells`` cells each, after ``before``; its
-    shape, to which the cells belong, and whether that is new.
+def book_pass(counts, rows, seqs, cells, read, shape, before, mtp, loaded):
+    """One pass of the target over ``rows`` rows of ``seqs`` memories with ``cells`` cells each, after ``before``; its
+    shape, to which the cells belong, and whether that is new. ``read``: tokens in memory, summed over the rows.
     """
     shape = (shape << 24) + cells
     counts[BATCHES] += 1
@@ -83,8 +83,10 @@ def book_pass(counts, rows, seqs, cells, shape, before, mtp, loaded):
     new = shape != before[0]
     counts[RESHAPES] += new
     counts[CAPTURES] += before[1] and not new
-    counts[KV] += cells * seqs
-    counts[KV_ROWS] += cells * rows
+    tiled = rows >= TILE * seqs
+    counts[KV_TILED if tiled else KV] += cells * seqs
+    counts[KV_ROWS_TILED if tiled else KV_ROWS] += cells * rows
+    counts[PAST_ROWS] += 0 if tiled else read
     stretch(counts, ROWS, rows)
     return shape, new
 
@@ -123,40 +125,37 @@ def book_target(counts, rows, past, n_prompt, n_read, n_ubatch, unified, tail, m
     below 0) a batch is one pass, otherwise :func:`next_pass` splits it. Prompts' rows, whose slots a trace does not
     tell, count as a pass of their own there.
     """
-    n = by_row = 0
+    n = read = 0
     tokens = n_prompt + n_read
     for s in range(len(rows)):
         n += rows[s]
-        by_row += rows[s] * past[s]
+        read += rows[s] * past[s]
         tokens += rows[s] + past[s] * (rows[s] > 0)
     counts[OUTPUTS] += n
     loaded = tail > 0 and not mtp
-    if n + n_prompt * unified < TILE:
-        counts[PAST_ROWS] += by_row
     if unified and tail < 0:
-        left = n + n_prompt
-        while left > 0:
-            size = min(left, n_ubatch)
-            before = book_pass(counts, size, 1, n_kv(tokens), size, before, mtp, loaded)
-            left -= size
+        read += n_prompt * n_read
+        for done in range(0, n + n_prompt, n_ubatch):
+            size = min(n + n_prompt - done, n_ubatch)
+            before = book_pass(counts, size, 1, n_kv(tokens), read * (done == 0), size, before, mtp, loaded)
         return before
     left_of = rows.copy()
     while n > 0:
         first, last, seqs, each = next_pass(left_of, n_ubatch, not unified, tail)
-        longest = taken = 0
+        longest = taken = read = 0
         for s in range(first, last + 1):
             if left_of[s] > 0:
                 left_of[s] -= each
+                read += each * past[s]
                 longest = max(longest, past[s] + rows[s])
                 taken = (taken * 257 + s + 1) % 1_000_003  # which slots: a graph is for these sequences
         n -= seqs * each
         shape = taken * 65536 + each
         memories, cells = (1, n_kv(tokens)) if unified else (seqs, n_kv(longest))
-        before = book_pass(counts, seqs * each, memories, cells, shape, before, mtp, loaded)
-    while n_prompt > 0:
-        size = min(n_prompt, n_ubatch)
-        before = book_pass(counts, size, 1, n_kv(n_read + n_prompt), -size, before, mtp, loaded)
-        n_prompt -= size
+        before = book_pass(counts, seqs * each, memories, cells, read, shape, before, mtp, loaded)
+    for done in range(0, n_prompt, n_ubatch):
+        size, left = min(n_prompt - done, n_ubatch), n_prompt - done
+        before = book_pass(counts, size, 1, n_kv(n_read + left), size * n_read, -size, before, mtp, loaded)
     return before
 
 
@@ -167,15 +166,12 @@ def book_drafts(counts, decodes, probed, n_rows, n_tokens, before):
     ``decodes`` int64 ``[n_slots]``: how many each slot took part in; ``probed``: whether it measured probabilities;
     ``n_rows``: of the first of them, caught up rows included; ``n_tokens``: in memory, over the slots that generate.
     """
-    drafters, most = 0, 0
-    for s in range(len(decodes)):
-        drafters += decodes[s] > 0
-        most = max(most, decodes[s])
-        counts[DRAFT_PROBS] += decodes[s] * probed[s]
-    if drafters == 0:
+    most = decodes.max()
+    if most == 0:
         return before
+    counts[DRAFT_PROBS] += np.sum(decodes * probed)
     counts[HOST_ROUNDS] += 1
-    counts[HOST_DRAFTERS] += drafters
+    counts[HOST_DRAFTERS] += np.sum(decodes > 0)
     counts[DRAFT_FIRSTS] += 1
     size = n_rows
     for j in range(most):
@@ -286,9 +282,7 @@ def run_queue(params, is_shared, sizes, arrays, counts, rounds):
                     states[s] = common
                 nows[s] = Now(generated[s], past[s], max_tokens[r] - generated[s], n_active)
                 wish, p_min = decide(params, states[s], nows[s])
-                if wish < 0:
-                    over[s] = True
-                    wish = 0
+                over[s], wish = wish < 0, max(wish, 0)
             mtp |= not over[s]
             counts[r, TRIPS] += wish == 0 and asked[s] > 0
             asked[s] = wish
@@ -306,9 +300,7 @@ def run_queue(params, is_shared, sizes, arrays, counts, rounds):
             book_ahead(of_step, n_rows - drafters, drafters)
             n_rows = drafters
         draft_rows = book_drafts(of_step, decodes, probed, n_rows, n_tokens, draft_rows)
-        free_rows = n_batch
-        for s in range(n_slots):
-            free_rows -= rows[s]
+        free_rows = n_batch - rows.sum()
         n_read = prompt_rows = 0
         for s in range(n_slots):  # what of the prompts fits beside the slots that generate
             chunk[s] = 0

@@ -36,18 +36,9 @@ def fit(trace: TraceFile, n_max: int, sizes: Sizes, n_boot: int = N_BOOT, seed: 
     """The cost model of ``trace`` for several slots, from all of its steps. Raises :class:`TracekitError` where
     something that is needed was never measured.
     """
-    steps = _Steps.read(trace, n_max, sizes)
-    slowness = np.ones(steps.block.max() + 1)
-    of_block = members(steps.block, len(slowness))
-    for _ in range(3):
-        fitted = steps.slowed(1 / slowness).grams()
-        prices = _prices([g.sum(0) for g in fitted], steps)
-        ratio = steps.wall / (steps.counts @ prices)
-        slowness = slowness_of(ratio, of_block)
-        slowness /= slowness[steps.block].mean()
-    ratio /= slowness[steps.block]
+    steps, fitted, prices, slowness, ratio = fit_steps(_Steps.read(trace, n_max, sizes))
     rng, boot = np.random.default_rng(seed), []
-    n_steps = np.array([len(b) for b in of_block])
+    n_steps = np.bincount(steps.block, minlength=len(slowness))
     for _ in range(n_boot):
         times = np.bincount(rng.integers(0, len(slowness), len(slowness)), minlength=len(slowness))
         level = (times * n_steps * slowness).sum() / (times * n_steps).sum()
@@ -63,6 +54,24 @@ def fit(trace: TraceFile, n_max: int, sizes: Sizes, n_boot: int = N_BOOT, seed: 
         most_tokens=int((steps.frame["n_past"] + steps.frame["n_tokens"]).max()),
         n_blocks=steps.n_blocks,
     )
+
+
+def fit_steps(steps: _Steps) -> tuple[_Steps, list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
+    """The steps, their products (:meth:`_Steps.grams`), the prices, how slow every block was (mean 1 over steps), and
+    measured over fitted time. Either the cells or the tokens that rows read have a price, whichever comes nearer
+    (:func:`tracekit.replay.costs.fit_steps` says why).
+    """
+    of_block, found = members(steps.block, int(steps.block.max()) + 1), []
+    for other in (lockstep.PAST_ROWS, lockstep.KV_ROWS):
+        tried, slowness = steps.without(other), np.ones(len(of_block))
+        for _ in range(3):
+            fitted = tried.slowed(1 / slowness).grams()
+            prices = _prices([g.sum(0) for g in fitted], tried)
+            ratio = tried.wall / (tried.counts @ prices)
+            slowness = slowness_of(ratio, of_block)
+            slowness /= slowness[tried.block].mean()
+        found.append((tried, fitted, prices, slowness, ratio / slowness[tried.block]))
+    return min(found, key=lambda fit: deviation(fit[-1]))
 
 
 def recorded_counts(trace: TraceFile, sizes: Sizes) -> np.ndarray:
@@ -135,6 +144,12 @@ class _Steps:
         """All times multiplied by ``by``, float64 ``[n_blocks]``."""
         times = {name: time * by[self.block] for name, time in self.measured.items()}
         return replace(self, measured=times)
+
+    def without(self, count: int) -> _Steps:
+        """The same, as if this were counted nowhere."""
+        counts = self.counts.copy()
+        counts[:, count] = 0.0
+        return replace(self, counts=counts)
 
     def grams(self) -> list[np.ndarray]:
         """For every part the products that least squares needs, of each block: float64 ``[n_blocks, n + 1, n]``,

@@ -139,8 +139,10 @@ def test_a_recording_that_fails_stops_a_study(models, settings, tmp_path, monkey
     assert not complete(tmp_path / "s.duckdb")
 
 
-def test_models_of_another_seed_have_another_name(tmp_path, monkeypatch):
-    """A plan with another seed does not take up the models of the first."""
+def test_models_of_another_seed_or_source_have_another_name(tmp_path, monkeypatch):
+    """A plan with another seed does not take up the models of the first; nor does one whose source only has the name
+    of another's, or was trained again.
+    """
     monkeypatch.setattr(campaign, "build", lambda path, *_, **__: path.touch())
     monkeypatch.setattr(campaign, "examine", lambda *_: {})
     plan = read_plan("smoke")[0]
@@ -148,6 +150,12 @@ def test_models_of_another_seed_have_another_name(tmp_path, monkeypatch):
         run = campaign.Campaign(plan.model_copy(update={"seed": seed}), tmp_path, tmp_path, QUIET)
         run._ready(plan.sizes[0], "aligned")
     assert len(list(tmp_path.glob("*.gguf"))) == 4
+    source = tmp_path / "mine"
+    for text in ("one", "trained again"):
+        source.write_text(text)
+        size = plan.sizes[0].model_copy(update={"source": source})
+        campaign.Campaign(plan, tmp_path, tmp_path, QUIET)._ready(size, "aligned")
+    assert len(list(tmp_path.glob("*.gguf"))) == 8
 
 
 def test_force_empties_a_campaigns_folder_of_traces_and_what_lies_beside_them(tmp_path):

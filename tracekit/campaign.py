@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tracekit.engine import Engine, Request, Settings
 from tracekit.engine import calibrate as surface
 from tracekit.engine.doctor import demand_gpu, examine, surroundings
+from tracekit.engine.model import sha256_of
 from tracekit.engine.record import record, wave_of
 from tracekit.errors import TracekitError
 from tracekit.model.build import REFERENCE, build
@@ -197,7 +198,9 @@ class Campaign:
         should.
         """
         seed = f"-seed-{self.plan.seed}" if self.plan.seed else ""
-        stem = f"{size.source.stem}-{size.width}x{size.layers}-{size.type}{seed}"
+        # of another source also what it holds: one that is trained again, or of the same name elsewhere, is another
+        of = "" if size.source == REFERENCE else f"-{sha256_of(size.source)[:8]}"
+        stem = f"{size.source.stem}{of}-{size.width}x{size.layers}-{size.type}{seed}"
         model, sidecar = self.models / f"{stem}.gguf", self.models / f"{stem}-misaligned-sidecar.gguf"
         for path, drafter_alone in ((model, False), (sidecar, True)):
             if not path.exists():

@@ -159,6 +159,8 @@ def positions(trace: TraceFile, shortest: int = 2) -> Positions:
     first = np.concatenate(([0], np.cumsum(n_generated - 1)))[:-1]
     total = int((n_generated - 1).sum())
     n_max = max(1, int(rows["n_proposed"].max() or 1))
+    if n_max >= ANY:
+        raise TracekitError(f"{trace.path}: drafts of {n_max} tokens, {ANY - 1} are the most that are counted rightly")
     where = first[rows["index"].to_numpy()] + rows["n_generated"].to_numpy().astype(np.int64) - 1
     matched = rows["n_matched"].to_numpy().astype(np.int64)
     tried = rows["n_proposed" if probe else "n_drafted"].to_numpy().astype(np.int64)

@@ -46,6 +46,7 @@ _OCCASIONS = [  # of a target decode, whatever its width
     *(kernel.RESHAPES, kernel.RESHAPES_ONE, kernel.CAPTURES, kernel.CAPTURES_ONE, kernel.SETTLING, kernel.FIRSTS),
     *(kernel.KV, kernel.KV_WIDTH, kernel.KV_ONE, kernel.PAST_WIDTH),
 ]
+_DRAFT_OCCASIONS = [kernel.DRAFT_RESHAPES, kernel.DRAFT_CAPTURES, kernel.KV_DRAFT, kernel.PAST_DRAFT]
 _FIXED = [kernel.LONG_CATCHUPS, kernel.LONG_CATCHUP_ROWS, kernel.PROMPT_CATCHUPS, kernel.PROMPT_CATCHUP_ROWS]
 
 
@@ -189,45 +190,35 @@ def _price_drafting(steps: Steps, prices: np.ndarray, n_max: int, before: np.nda
     rounds, catchups = steps.take(steps.decodes > 0), layout(n_max)[1]
     if not len(rounds.wall):
         if before is not None:
-            shapes = kernel.DRAFT_RESHAPES, kernel.DRAFT_CAPTURES
-            for price in (catchups, *shapes, kernel.KV_DRAFT, kernel.PAST_DRAFT, kernel.DRAFT_DECODES):
+            for price in (catchups, _DRAFT_OCCASIONS, kernel.DRAFT_DECODES):
                 prices[price] = before[price]
         return
     more = rounds.take(rounds.decodes > 1)
-    reshape, capture, per_cell, per_token = _beside_drafts_us(rounds)
-    changed, captured = rounds.draft_reshapes[0], rounds.draft_captures[0]
-    prices[kernel.DRAFT_RESHAPES], prices[kernel.DRAFT_CAPTURES] = reshape, capture
-    prices[kernel.KV_DRAFT], prices[kernel.PAST_DRAFT] = per_cell, per_token
-    if len(more.wall):
-        beside = reshape * more.draft_reshapes[1] + capture * more.draft_captures[1]
-        time = (more.draft - more.first - beside) / (more.decodes - 1)
-        prices[kernel.DRAFT_DECODES] = robust_mean(time - per_cell * more.kv - per_token * more.past)
-    known = None if before is None else before[catchups] + before[kernel.DRAFT_DECODES] - each
-    time = (
-        rounds.first
-        - per_cell * rounds.kv
-        - per_token * rounds.past * rounds.rows
-        - reshape * changed
-        - capture * captured
+    first, others = _draft_occasions(rounds)[0], _draft_occasions(more)[1]
+    other_us = (more.draft - more.first) / (more.decodes - 1)
+    found = beside(
+        np.vstack((first, others)),
+        np.concatenate((rounds.first, other_us)),
+        np.concatenate((rounds.rows, 1 - more.decodes)),  # the others among rounds of as many
     )
+    prices[_DRAFT_OCCASIONS] = found
+    if len(more.wall):
+        prices[kernel.DRAFT_DECODES] = robust_mean(other_us - others @ found)
+    known = None if before is None else before[catchups] + before[kernel.DRAFT_DECODES] - each
+    time = rounds.first - first @ found
     prices[catchups] = _cells(steps, time, rounds.rows, n_max, known, "catch-ups of rows", steps.prompt_line)
     prices[catchups] -= prices[kernel.DRAFT_DECODES]
 
 
-def _beside_drafts_us(steps: Steps) -> np.ndarray:
-    """What an MTP decode takes more that has another shape than the one before, or is the next of that shape, for each
-    cell of context, and for each token in memory of each row: from the first of each round among rounds of equal rows,
-    and from the mean of the others among rounds of as many.
+def _draft_occasions(steps: Steps) -> tuple[np.ndarray, np.ndarray]:
+    """The counts :data:`_DRAFT_OCCASIONS` of the first MTP decode of every step, and of one of the others, in their
+    mean: float64 ``[n, 4]``.
     """
-    more = steps.take(steps.decodes > 1)
-    n = more.decodes - 1
-    flags = (steps.draft_reshapes, steps.draft_captures), (more.draft_reshapes, more.draft_captures)
-    firsts, others = ([flag[i] for flag in of] for i, of in enumerate(flags))
-    firsts = (*firsts, steps.kv, steps.past * steps.rows * steps.by_tokens)
-    others = (*(f / n for f in others), more.kv, more.past * more.by_tokens)
-    x = np.vstack((np.column_stack(firsts), np.column_stack(others)))
-    y = np.concatenate((steps.first, (more.draft - more.first) / n))
-    return beside(x, y, np.concatenate((steps.rows, -n)))
+    n_others = np.maximum(steps.decodes - 1, 1)
+    (reshape, reshapes), (capture, captures) = steps.draft_reshapes, steps.draft_captures
+    past = steps.past * steps.by_tokens
+    first = np.column_stack((reshape, capture, steps.kv, past * steps.rows))
+    return first, np.column_stack((reshapes / n_others, captures / n_others, steps.kv, past))
 
 
 def _price_host(steps: Steps, prices: np.ndarray) -> None:

@@ -42,7 +42,7 @@ PAST_WIDTH = 24  # tokens in memory times the batch width: of the cells, those t
 KV_ONE = 25  # cells given in steps of one row, which backends have kernels of their own for
 RESHAPES = 26  # target decodes of several rows, of another width or over more cells than the one before: a new graph
 RESHAPES_ONE = 27  # the same of one row
-PAST_DRAFT = 28  # tokens in memory times rows of MTP decodes, of a long catch-up one
+PAST_DRAFT = 28  # tokens in memory times rows of MTP decodes; long catch-ups count as one row
 N_SCALARS = 29
 CALM = 16  # steps without drafts, after drafts or a prompt, by which that is over; measured on a processor
 KV_BLOCK = 256  # cells are read in whole blocks: llama.cpp, src/llama-kv-cache.cpp, get_n_kv
@@ -95,11 +95,10 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
     rows_before = 0  # of the MTP context's last decode, likewise
     draft_new = steady = False  # whether that was another shape than the one before; whether it was one row again
     room = min(n_ctx - n_prompt - 1, max_tokens - 1)  # tokens generated before drafts stop fitting
-    accepted = emitted = trips = inexact = stopped = kv_stopped = past_stopped = 0
+    accepted = emitted = trips = inexact = kv_stopped = 0
     in_shape = 0  # steps since the shape of the target's batch last changed
     calm = settling = 0  # steps without drafts since the last with some, or since the prompt
-    kv_more = kv_one = kv_drafted = long_catchups = long_rows = 0
-    reshapes = reshapes_one = captures = captures_one = draft_reshapes = draft_captures = wide = 0
+    wide = 0  # rounds of one row more before the last, the next of the same
     match, known = match[first : first + n_generated - 1], known[first : first + n_generated - 1]
     while generated < n_generated:
         past = n_prompt + generated - 1
@@ -122,30 +121,30 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
                     blind |= probs[position, drafted] < 0.0
                     drafted += 1
                 if drafted < n:  # one more was decoded to see that it is improbable
-                    stopped += 1
+                    counts[DRAFT_DECODES] += 1
+                    counts[PAST_DRAFT] += past
                     kv_stopped += n_kv(past + 1)
-                    past_stopped += past
                 unsure |= blind
             accepted = min(drafted, int(match[np.uint64(generated - 1)]))
             inexact += unsure or drafted > known[np.uint64(generated - 1)]
             if behind < n_max + 2:
                 counts[np.uint64(catchup_at + behind)] += _STEP + past
             else:
-                long_catchups += 1
-                long_rows += behind
+                counts[LONG_CATCHUPS] += 1
+                counts[LONG_CATCHUP_ROWS] += behind
             more = n > 2 and drafted > 1  # at least two decodes of one row each follow; nearly always
             if steady and more:
                 wide += behind != 1
             else:
                 other = behind != rows_before
-                draft_reshapes += other
-                draft_captures += draft_new & (not other)
+                counts[DRAFT_RESHAPES] += other
+                counts[DRAFT_CAPTURES] += draft_new & (not other)
                 draft_new = other
                 rows_before = behind
                 steady = False
                 if n > 1 and drafted > 0:
-                    draft_reshapes += behind != 1
-                    draft_captures += other if behind == 1 else more
+                    counts[DRAFT_RESHAPES] += behind != 1
+                    counts[DRAFT_CAPTURES] += other if behind == 1 else more
                     draft_new = behind != 1 and not more
                     rows_before = 1
                     steady = not draft_new
@@ -160,15 +159,12 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
         counts[np.uint64(width_at + 1 + drafted)] += _STEP + past
         shape = n_kv(past + 1 + drafted) + drafted  # fewer than KV_BLOCK: tracekit.engine.settings.MOST_DRAFTS
         if shape != shape_before:
-            reshapes += drafted > 0
-            reshapes_one += drafted == 0
+            counts[RESHAPES_ONE if drafted == 0 else RESHAPES] += 1
             one = shape_before & (KV_BLOCK - 1) == 0
             cells = in_shape * (shape_before & -KV_BLOCK)
-            captures += in_shape > 1 and not one
-            captures_one += in_shape > 1 and one
-            kv_drafted += cells * (shape_before & (KV_BLOCK - 1))
-            kv_more += cells * (not one)
-            kv_one += cells * one
+            counts[CAPTURES_ONE if one else CAPTURES] += in_shape > 1
+            counts[KV_ONE if one else KV] += cells
+            counts[KV_DRAFT] += cells * (shape_before & (KV_BLOCK - 1))
             in_shape = 0
             shape_before = shape
         in_shape += 1
@@ -177,27 +173,25 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
         behind += emitted
     one = shape_before & (KV_BLOCK - 1) == 0
     cells = in_shape * (shape_before & -KV_BLOCK)
-    kv_more += cells * (not one)
-    kv_one += cells * one
-    kv_drafted += cells * (shape_before & (KV_BLOCK - 1))
+    counts[KV_ONE if one else KV] += cells
+    counts[KV_DRAFT] += cells * (shape_before & (KV_BLOCK - 1))
     over = n_generated - generated
     if over > 0:  # plain steps to the end
         trips += not resting
         before, last = n_prompt + generated - 1, n_prompt + n_generated - 1
         kv = n_kv(before + 1)
         if shape_before != kv:
-            reshapes_one += 1
-            captures += in_shape > 1 and not one
-            captures_one += in_shape > 1 and one
+            counts[RESHAPES_ONE] += 1
+            counts[CAPTURES_ONE if one else CAPTURES] += in_shape > 1
             in_shape = 0
         blocks = (n_kv(last) - kv) // KV_BLOCK  # entered on the way
-        reshapes_one += blocks
+        counts[RESHAPES_ONE] += blocks
         if blocks > 0:
-            captures_one += (in_shape + kv - before > 1) + blocks - 1
+            counts[CAPTURES_ONE] += (in_shape + kv - before > 1) + blocks - 1
             in_shape = last - (n_kv(last) - KV_BLOCK)
         else:
             in_shape += over
-        kv_one += n_kv_sum(last) - n_kv_sum(before)
+        counts[KV_ONE] += n_kv_sum(last) - n_kv_sum(before)
         counts[width_at + 1] += over * _STEP + over * before + over * (over - 1) // 2
         unsettled = min(over, max(CALM - calm, 0))
         settling += unsettled * (CALM - calm) - unsettled * (unsettled - 1) // 2
@@ -218,27 +212,20 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
     counts[DRAFTED] = drafted_all
     counts[ACCEPTED] = n_generated - 1 - steps + (accepted + 1 - emitted if steps else 0)  # with what the end cut off
     counts[TOKENS] = n_generated - 1
-    counts[DRAFT_ROUNDS] = rounds + long_catchups
-    counts[DRAFT_DECODES] = drafted_all + stopped
+    counts[DRAFT_ROUNDS] = rounds + counts[LONG_CATCHUPS]
+    counts[DRAFT_DECODES] += drafted_all
     counts[TRIPS] = trips
     counts[INEXACT] = inexact
-    counts[KV] = kv_more
-    counts[KV_WIDTH] = kv_more + kv_drafted
-    counts[KV_DRAFT] = kv_drafted + kv_stopped
-    counts[LONG_CATCHUPS] = long_catchups
-    counts[LONG_CATCHUP_ROWS] = long_rows
-    counts[DRAFT_RESHAPES] = draft_reshapes + 2 * wide
+    counts[KV_WIDTH] = counts[KV] + counts[KV_DRAFT]
+    counts[KV_DRAFT] += kv_stopped
+    counts[DRAFT_RESHAPES] += 2 * wide
     counts[OVER] = over
-    counts[RESHAPES] = reshapes
-    counts[RESHAPES_ONE] = reshapes_one
-    counts[CAPTURES] = captures + (in_shape > 1 and not one)
-    counts[CAPTURES_ONE] = captures_one + (in_shape > 1 and one)
-    counts[DRAFT_CAPTURES] = draft_captures + wide
+    counts[CAPTURES_ONE if one else CAPTURES] += in_shape > 1
+    counts[DRAFT_CAPTURES] += wide
     counts[SETTLING] = settling
     counts[FIRSTS] = n_generated > 1
-    counts[KV_ONE] = kv_one
     counts[PAST_WIDTH] = past_width
-    counts[PAST_DRAFT] = past_drafted + past_stopped
+    counts[PAST_DRAFT] += past_drafted
     return state
 
 

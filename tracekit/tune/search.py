@@ -34,7 +34,8 @@ class Search:
     ``held_out``: the policy index chosen, for each request, without it. ``margin``: standard errors by which slowdowns
     had to stay below what is allowed. Policies that were not chosen, each with a prompt category and its slowdown, or
     None: ``refused``, chosen at first, when choices like it slowed that category of held-out requests by more than
-    allowed; ``doubted``, where ``off`` is chosen: faster, and by its means safe, but for the margin.
+    allowed; ``doubted``, where ``off`` is chosen and none was refused: faster, and by its means safe, but for the
+    margin.
     """
 
     policies: list[Policy]
@@ -96,7 +97,7 @@ def search(
         refused = refused or (policies[chosen], categories[slowed.argmax()], float(slowed.max()))
     else:
         chosen, best = 0, np.zeros(folds, int)
-    if chosen == 0 and (by_mean := int(times.ranked(everything, max_slowdown, 0.0)[0])):
+    if chosen == 0 and refused is None and (by_mean := int(times.ranked(everything, max_slowdown, 0.0)[0])):
         bounds = times.bounds(everything, margin)[by_mean]
         doubted = policies[by_mean], categories[bounds.argmax()], float(bounds.max())
     return Search(policies, times.total_us, chosen, best[fold], margin, refused, doubted)

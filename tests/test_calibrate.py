@@ -166,8 +166,8 @@ def test_calibration_prices_a_recorded_trace(wide, tmp_path):
     for a, b in zip(own, other, strict=True):
         assert (a["policy"], a["drafted"], a["accepted"]) == (b["policy"], b["drafted"], b["accepted"])
         assert b["tokens_per_second_low"] <= b["tokens_per_second"] <= b["tokens_per_second_high"]
+        assert a["tokens_per_second"] != b["tokens_per_second"]
     assert own[0]["cost_model"] != other[0]["cost_model"]
-    assert other[1]["speedup"] > other[2]["speedup"]  # eight drafts cost more than four, the same on any machine
     space = tmp_path / "space.toml"
     space.write_text("[static]\nn_max = [1, 4, 8]\n")
     found = json.loads(tracekit("tune", SHIPPED, "--cost", trace.path, "--space", space, "--json").stdout)
@@ -188,9 +188,6 @@ def test_fewer_drafts_take_only_what_they_need(wide):
     few, all_ = fit(trace, 4, n_boot=2), fit(trace, 8, n_boot=2)
     assert few.n_steps < all_.n_steps
     assert few.cells.filter(pl.col("cost") != "no MTP")["size"].max() == 5
-    prices = all_.prices[layout(8)[0]]
-    assert (np.diff(prices[1:]) >= 0).all()
-    assert prices[1] > 0
 
 
 def test_only_steps_of_one_slot_price_one_slot(calibrated, models, tmp_path):

@@ -87,7 +87,7 @@ def test_replay_is_live(model, settings, plain, tmp_path):
     assert Serving.of(trace).tail == N_MAX + 1
     names = summarise(trace).baselines["baseline"].to_list()
     assert names[:3] == ["no MTP", "off, MTP loaded", "MTP idle"]
-    assert League.of(trace).cost.prices[kernel.BARE] < 0  # without MTP: snapshots take time
+    assert League.of(trace).cost.prices[kernel.BARE] != 0  # no MTP takes no snapshots: a price of its own
 
 
 def test_a_model_in_shards_is_one_model(model, settings, plain, tmp_path):

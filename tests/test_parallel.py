@@ -253,7 +253,7 @@ def test_tune_over_several_slots(several, tmp_path):
     n_slots = several[0].n_slots
     assert (table["n_slots"] == n_slots).all()
     snapshots = Serving.of(trace.file).tail > 0
-    assert table["speedup"][0] < 1.1 if snapshots else table["speedup"][0] == 1
+    assert (table["speedup"][0] == 1) == (not snapshots)  # with them off is not no MTP
     assert table["amplification"][0] == 1
     assert table["regret"].is_null().all()
     best = trace.tune(space={"static": {"n_max": "1..6/1"}})

@@ -78,6 +78,9 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if (args.wheel is None) == (args.trips is None):
         parser.error("a wheel, or --trips")
+    read = args.folder if args.wheel is None else args.wheel
+    if not read.exists():
+        parser.error(f"{read}: no such file or folder")
     if args.trips is not None:
         for i, trip in enumerate(trips(args.folder, args.trips), 1):
             print(f"trip-{i}: {sum(w.stat().st_size for w in trip) / 1e6:.0f} MB, {len(trip)} wheels")

@@ -193,16 +193,17 @@ def _price_drafting(steps: Steps, prices: np.ndarray, n_max: int, before: np.nda
             for price in (catchups, _DRAFT_OCCASIONS, kernel.DRAFT_DECODES):
                 prices[price] = before[price]
         return
-    more = rounds.take(rounds.decodes > 1)
-    first, others = _draft_occasions(rounds)[0], _draft_occasions(more)[1]
-    other_us = (more.draft - more.first) / (more.decodes - 1)
+    first, others = _draft_occasions(rounds)
+    more = rounds.decodes > 1
+    others, n_others = others[more], rounds.decodes[more] - 1
+    other_us = (rounds.draft - rounds.first)[more] / n_others
     found = beside(
         np.vstack((first, others)),
         np.concatenate((rounds.first, other_us)),
-        np.concatenate((rounds.rows, 1 - more.decodes)),  # the others among rounds of as many
+        np.concatenate((rounds.rows, -n_others)),  # the others among rounds of as many
     )
     prices[_DRAFT_OCCASIONS] = found
-    if len(more.wall):
+    if more.any():
         prices[kernel.DRAFT_DECODES] = robust_mean(other_us - others @ found)
     known = None if before is None else before[catchups] + before[kernel.DRAFT_DECODES] - each
     time = rounds.first - first @ found

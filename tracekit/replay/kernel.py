@@ -98,7 +98,7 @@ def walk(params, state, first, n_generated, n_prompt, max_tokens, n_ctx, match, 
     accepted = emitted = trips = inexact = kv_stopped = 0
     in_shape = 0  # steps since the shape of the target's batch last changed
     calm = settling = 0  # steps without drafts since the last with some, or since the prompt
-    wide = 0  # rounds of one row more before the last, the next of the same
+    wide = 0  # steady rounds that caught up several rows: two other shapes and a capture each
     match, known = match[first : first + n_generated - 1], known[first : first + n_generated - 1]
     while generated < n_generated:
         past = n_prompt + generated - 1

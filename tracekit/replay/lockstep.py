@@ -154,7 +154,8 @@ def book_target(counts, rows, past, n_prompt, n_read, n_ubatch, unified, tail, m
         memories, cells = (1, n_kv(tokens)) if unified else (seqs, n_kv(longest))
         before = book_pass(counts, seqs * each, memories, cells, read, shape, before, mtp, loaded)
     for done in range(0, n_prompt, n_ubatch):
-        size, left = min(n_prompt - done, n_ubatch), n_prompt - done
+        left = n_prompt - done
+        size = min(left, n_ubatch)
         before = book_pass(counts, size, 1, n_kv(n_read + left), size * n_read, -size, before, mtp, loaded)
     return before
 

@@ -109,7 +109,7 @@ def beside(x: np.ndarray, y: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     products = columns.T @ columns
     medians = np.array([np.median(y[of]) for of in every])
     aim = np.minimum(y, _MOST * np.maximum(medians, 0)[groups])
-    wanted, found = aim, medians
+    wanted, found = aim, np.zeros(columns.shape[1])
     for _ in range(4):
         found = not_negative(products, wanted @ columns)
         fitted = columns @ found

@@ -7,7 +7,7 @@ time on (ggml/src/ggml-cuda/ggml-cuda.cu, ggml_backend_cuda_graph_compute): thre
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
@@ -126,8 +126,8 @@ class Steps:
 
     def take(self, chosen: np.ndarray) -> Steps:
         """The steps at ``chosen`` (a mask or indices)."""
-        columns = {f.name: getattr(self, f.name)[chosen] for f in fields(self)[5:]}
-        return replace(self, **columns)
+        columns = {name: of for name, of in vars(self).items() if isinstance(of, np.ndarray)}
+        return replace(self, **{name: of[chosen] for name, of in columns.items()})
 
     def slowed(self, by: np.ndarray) -> Steps:
         """All times multiplied by ``by``, float64 ``[n]``."""

@@ -257,10 +257,13 @@ def test_shipped_plans_are_whole(name):
         (lambda text: text + "\nnonsense = 1\n", "extra inputs"),
         (lambda text: text.replace("n_max = 3", 'n_max = "three"', 1), "n_max"),
         (lambda text: text.replace("about", "about about", 1), "not TOML"),
+        (lambda text: text.replace('tiny"', 'tiny"\nsource = "none.gguf"'), "source = none.gguf: path"),
     ],
 )
 def test_bad_plans_get_one_line(tmp_path, edit, message):
-    """An unknown key, a wrong type, no TOML: one line that names it, exit code 2, and no folder made."""
+    """An unknown key, a wrong type, no TOML, a source that is not there: one line that names it, exit code 2, and no
+    folder made.
+    """
     path = tmp_path / "plan.toml"
     path.write_text(edit((PLANS / "smoke.toml").read_text()))
     result = run(path, "-o", tmp_path / "out", code=2)

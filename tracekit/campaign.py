@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FilePath, ValidationError
 
 from tracekit.engine import Engine, Request, Settings
 from tracekit.engine import calibrate as surface
@@ -54,7 +54,7 @@ class Size(_Strict):
     layers: int
     width: int
     type: str = "f16"
-    source: Path = REFERENCE
+    source: FilePath = REFERENCE
 
 
 class Surface(_Strict):
@@ -123,7 +123,9 @@ def read_plan(name_or_path: str) -> tuple[Plan, str]:
         raise TracekitError(f"{path}: not TOML ({error})") from None
     except ValidationError as error:
         first = error.errors()[0]
-        raise TracekitError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None
+        key, given = ".".join(map(str, first["loc"])), first["input"]
+        found = f" = {given}" if isinstance(given, str | int | float) else ""
+        raise TracekitError(f"{path}: {key}{found}: {first['msg'].lower()}") from None
 
 
 @dataclass(frozen=True)

@@ -54,9 +54,9 @@ def models(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def settings() -> Settings:
     """Float32 throughout and no flash attention, whose float16 inside differs with the batch width: exactness is
-    tested.
+    tested. One thread: several wait for each other all the time, which takes ages where others share the machine.
     """
-    return Settings(n_max=N_MAX, n_ctx=512, cache_type_k="f32", cache_type_v="f32", flash_attn="off")
+    return Settings(n_max=N_MAX, n_ctx=512, threads=1, cache_type_k="f32", cache_type_v="f32", flash_attn="off")
 
 
 @pytest.fixture(scope="session")

@@ -58,7 +58,7 @@ def test_a_campaign_goes_on_where_it_stopped(tmp_path):
     studies that are done; another plan is refused.
     """
     folder, models = tmp_path / "out", tmp_path / "models"
-    options = ["-o", folder, "--models", models]
+    options = ["-o", folder, "--models", models, "--threads", 1]
     assert "goes on" in run("smoke", *options, "--minutes", 1e-9, code=3).stderr
     result = run("smoke", *options)
     plan = read_plan("smoke")[0]

@@ -17,7 +17,7 @@ from tracekit.cli.app import app
 
 from .conftest import N_MAX
 
-FAST = ["--max-tokens", "24", "--n-max", str(N_MAX)]
+FAST = ["--max-tokens", "24", "--n-max", str(N_MAX), "--threads", "1"]
 
 
 def tracekit(*arguments, code=0, **options) -> subprocess.CompletedProcess:
@@ -524,7 +524,7 @@ def test_demo_runs_the_whole_loop(tmp_path):
     stopped.
     """
     folder = tmp_path / "demo"
-    options = ["-o", folder, "--layers", 8, "--prompts", 1, "--max-tokens", 20, "--repeats", 1]
+    options = ["-o", folder, "--layers", 8, "--prompts", 1, "--max-tokens", 20, "--repeats", 1, "--threads", 1]
     result = tracekit("demo", *options)
     names = {p.name for p in folder.iterdir()}
     assert names == {f"{h}.{e}" for h in ("aligned", "misaligned") for e in ("gguf", "duckdb", "toml", "json")} | {

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
+from scipy.stats import t as student
 
 from tracekit.policy.rule import rule
 from tracekit.replay import kernel
@@ -28,14 +29,17 @@ def _league(seed: int) -> League:
     return League(random_positions(random.Random(seed), 24, 8), made_up_cost(seed))
 
 
-def _is_safe(league: League, times: np.ndarray, seen: np.ndarray, max_slowdown: float, margin: float) -> bool:
-    """Category by category: the slowdown and its standard error, from the residuals of every request."""
+def _is_safe(league: League, times: np.ndarray, seen: np.ndarray, max_slowdown: float, confidence: float) -> bool:
+    """Category by category: the slowdown and its standard error, from the residuals of every request, and Student's t
+    of as many.
+    """
     for member in league.members.values():
         here, no_mtp = times[member & seen], league.no_mtp_us[member & seen]
         if n := len(here):
             ratio = here.sum() / no_mtp.sum()
             error = np.std(here - ratio * no_mtp, ddof=min(1, n - 1)) * np.sqrt(n) / no_mtp.sum()
-            if ratio - 1 + margin * error > max_slowdown + 1e-9:
+            errors = student.ppf(confidence, n - 1) if n > 1 else 0.0 if confidence == 0.5 else np.inf
+            if errors == np.inf or ratio - 1 + errors * error > max_slowdown + 1e-9:
                 return False
     return True
 
@@ -57,7 +61,7 @@ def test_every_choice_is_the_fastest_safe_one(seed, max_slowdown):
     fold = _folds(league.positions.categories, 4, seed)
 
     def best(seen: np.ndarray) -> float:
-        are_safe = [_is_safe(league, of, seen, max_slowdown, found.margin) for of in times]
+        are_safe = [_is_safe(league, of, seen, max_slowdown, found.confidence) for of in times]
         return min(of[seen].sum() for of, good in zip(times, [True, *are_safe[1:]], strict=True) if good)
 
     for k in range(4):
@@ -76,7 +80,7 @@ def test_every_choice_is_the_fastest_safe_one(seed, max_slowdown):
     if found.doubted:
         policy, category, bound = found.doubted
         of, member = times[found.policies.index(policy)], league.members[category]
-        assert (found.chosen, _is_safe(league, of, np.ones(len(fold), bool), max_slowdown, 0.0)) == (0, True)
+        assert (found.chosen, _is_safe(league, of, np.ones(len(fold), bool), max_slowdown, 0.5)) == (0, True)
         assert of.sum() < times[0].sum()
         assert bound > max(max_slowdown, of[member].sum() / times[0][member].sum() - 1)
 
@@ -84,7 +88,7 @@ def test_every_choice_is_the_fastest_safe_one(seed, max_slowdown):
 def test_off_says_what_it_was_chosen_instead_of():
     """A policy that only looked faster is named, with what spoke against it; a matter of course has no more to say."""
     static = rule("static")(n_max=2)
-    nothing = Search([rule("off")(), static], np.array([2.0, 1.0]), 0, np.zeros(3, int), 1.645)
+    nothing = Search([rule("off")(), static], np.array([2.0, 1.0]), 0, np.zeros(3, int), 0.95)
     assert _why_off(nothing, Interval(1.0, 1.0, 1.0)) == ""
     said = _why_off(replace(nothing, chosen=1), Interval(1.1, 0.9, 1.3))
     assert "static:n_max=2" in said
@@ -101,7 +105,7 @@ def test_folds_without_drafts_are_the_baseline():
     league.cost.prices[kernel.BARE] -= 50.0
     found = search(league, SPACE, folds=4)
     off = np.arange(24) % 2 == 0
-    mixed = type(found)(found.policies, found.total_us, found.chosen, np.where(off, 0, 1), found.margin)
+    mixed = type(found)(found.policies, found.total_us, found.chosen, np.where(off, 0, 1), found.confidence)
     (counts,) = held_out_counts(league, mixed)
     assert np.allclose((counts @ league.cost.prices)[off], league.no_mtp_us[off])
     assert np.allclose((counts @ league.cost.prices)[~off], league.times([found.policies[1]])[0][~off])
@@ -114,17 +118,19 @@ def test_memory_does_not_grow_with_policies_times_requests(monkeypatch):
     monkeypatch.setattr("tracekit.replay.league._MOST_BYTES", 1)
     league = _league(5)
     pieces = search(league, SPACE, folds=4)
-    assert (pieces.policies, pieces.chosen, pieces.margin) == (whole.policies, whole.chosen, whole.margin)
+    assert (pieces.policies, pieces.chosen, pieces.confidence) == (whole.policies, whole.chosen, whole.confidence)
     assert league.table(pieces.policies).equals(_league(5).table(pieces.policies))
 
 
 def test_safe_is_judged_by_the_spread_of_requests():
-    """Whether a policy is safe, at any allowed slowdown and margin, is what its requests' residuals say one by one."""
+    """Whether a policy is safe, whatever slowdown is allowed and with any confidence, is what the residuals of its
+    requests say one by one.
+    """
     league = _league(7)
     policies, whole = [rule("static")(n_max=n) for n in (1, 2, 3, 4)], np.ones(24, bool)
     found = {}
-    for allowed, margin in itertools.product((0.0, 0.1, 0.3, 0.5, 1.0), (0.0, 1.645, 3.0)):
-        found[allowed, margin] = safe(league, policies, allowed, margin).tolist()
-        expected = [_is_safe(league, of, whole, allowed, margin) for of in league.times(policies)]
-        assert found[allowed, margin] == expected
+    for allowed, confidence in itertools.product(np.arange(0, 2, 0.1), (0.5, 0.95, 0.999)):
+        found[allowed, confidence] = safe(league, policies, allowed, confidence).tolist()
+        expected = [_is_safe(league, of, whole, allowed, confidence) for of in league.times(policies)]
+        assert found[allowed, confidence] == expected
     assert len({tuple(of) for of in found.values()}) > 3

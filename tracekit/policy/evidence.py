@@ -32,9 +32,9 @@ class Evidence(_Strict):
 
     Speeds are tokens per second of generation over all requests, predicted for requests the choice was not made on;
     ``low`` and ``high`` are a 95 % bootstrap interval. With several ``n_slots`` they are of whole runs, with prompts.
-    ``worst_category_speedup`` is the lowest over prompt categories. ``device`` and ``cost_model`` are those of
-    ``priced_by``, a trace. ``recorded_with``: how requests were sampled, as far as all were alike, and the settings
-    of the engine that ``priced_by`` timed, in llama.cpp's names.
+    ``worst_category_speedup`` is the lowest over prompt categories, without an interval where that has one prompt.
+    ``device`` and ``cost_model`` are those of ``priced_by``, a trace. ``recorded_with``: how requests were sampled, as
+    far as all were alike, and the settings of the engine that ``priced_by`` timed, in llama.cpp's names.
     """
 
     advice: str
@@ -62,6 +62,8 @@ class Evidence(_Strict):
     speedup_high: float
     worst_category: str
     worst_category_speedup: float
+    worst_category_speedup_low: float | None = None
+    worst_category_speedup_high: float | None = None
     exact_fraction: float
     alternatives: tuple[Alternative, ...] = ()
 

@@ -152,6 +152,8 @@ def prices_of(steps: Steps, n_max: int, otherwise: np.ndarray | None = None) -> 
     if otherwise is not None:
         bare = otherwise[[*_PLAIN, kernel.OVER, kernel.BARE]].sum() if bare is None else bare
         loaded = bare - otherwise[kernel.BARE] if loaded is None else loaded
+    elif bare is None:
+        raise TracekitError(f"{steps.path}: its steps without MTP are too unsteady to price; {steps.advice}")
     loaded = bare if loaded is None else loaded
     prices[kernel.OVER], prices[kernel.BARE] = loaded - prices[_PLAIN].sum(), bare - loaded
     return prices
@@ -167,9 +169,10 @@ def _occasions(steps: Steps) -> np.ndarray:
 
 
 def _plain_us(steps: Steps, prices: np.ndarray) -> float | None:
-    """What these steps, plain ones, take without context; None where there are none."""
+    """What these steps, plain ones, take without context; None where that is not told."""
     time = steps.wall - _occasions(steps) @ prices[_OCCASIONS]
-    return robust_mean(time) if len(time) else None
+    found = robust_mean(time) if len(time) else 0.0
+    return found if found > 0 else None
 
 
 def _price_target(steps: Steps, prices: np.ndarray, n_max: int, before: np.ndarray | None) -> tuple[float, float]:
@@ -204,7 +207,7 @@ def _price_drafting(steps: Steps, prices: np.ndarray, n_max: int, before: np.nda
     )
     prices[_DRAFT_OCCASIONS] = found
     if more.any():
-        prices[kernel.DRAFT_DECODES] = robust_mean(other_us - others @ found)
+        prices[kernel.DRAFT_DECODES] = max(0.0, robust_mean(other_us - others @ found))
     known = None if before is None else before[catchups] + before[kernel.DRAFT_DECODES] - each
     time = rounds.first - first @ found
     prices[catchups] = _cells(steps, time, rounds.rows, n_max, known, "catch-ups of rows", steps.prompt_line)
@@ -240,10 +243,12 @@ def _cells(
     beyond: tuple[float, float] | None = None,
 ) -> np.ndarray:
     """Mean ``time`` of every size from 1 to ``n_max + 1``, gaps closed between neighbours, made non-decreasing
-    (:func:`rising`). An end must have been measured; the upper one may lie before sizes on the line ``beyond``.
+    (:func:`rising`). An end must have been measured; the upper one may lie before sizes on the line ``beyond``. Times
+    that come to nothing, beside what else there was to do, are not known.
     """
     cells, errors = cell_means(time, sizes, n_max + 2)
     counts = np.bincount(sizes.astype(int), minlength=n_max + 2)
+    cells[cells <= 0] = np.nan
     cells[0] = 0.0
     empty = np.isnan(cells)
     if otherwise is not None:
@@ -254,7 +259,9 @@ def _cells(
         known = ~np.isnan(cells)
         if not (known[1] and known[-1]):
             missing = n_max + 1 if known[1] else 1
-            raise TracekitError(f"{steps.path}: {what} {missing} measured fewer than {LEAST} times; {steps.advice}")
+            seldom = np.count_nonzero(sizes == missing) < LEAST
+            why = f"measured fewer than {LEAST} times" if seldom else "too unsteady to price"
+            raise TracekitError(f"{steps.path}: {what} {missing} {why}; {steps.advice}")
         cells[empty] = np.interp(np.flatnonzero(empty), np.flatnonzero(known), cells[known])
     cells[1:] = rising(cells[1:], errors[1:], np.maximum(counts[1:], 1))
     return cells

@@ -8,6 +8,7 @@ from functools import cached_property
 
 import numpy as np
 import polars as pl
+from scipy.special import ndtri, stdtrit
 
 from tracekit.policy.rule import Policy, rule
 from tracekit.replay import kernel
@@ -25,14 +26,16 @@ _MOST_BYTES = 256 << 20  # of counts that are held at once
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its 95 % interval."""
+    """A value with its 95 % interval; None where it rests on a single request, or on one queue of them."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
     def around(self, others: Sequence[Interval]) -> Interval:
         """The same value, in an interval that holds the ``others`` too."""
+        if self.low is None:
+            return self
         return Interval(self.value, min(i.low for i in (self, *others)), max(i.high for i in (self, *others)))
 
 
@@ -142,7 +145,8 @@ class League:
     def table(self, policies: Sequence[Policy]) -> pl.DataFrame:
         """One row per policy, in order; speeds in tokens per second of generation, with 95 % intervals.
 
-        ``speedup`` is against no MTP. ``exact_fraction``: share of steps whose outcome the trace determines; where it
+        ``speedup`` is against no MTP. A single request has no interval, nor has a policy whose state outlives one: all
+        requests together are one then. ``exact_fraction``: share of steps whose outcome the trace determines; where it
         is below 1 the interval spans what lies between no and every unknown draft being right. ``regret``: time lost
         against the clairvoyant optimum, over its time; None with several slots.
         """
@@ -153,8 +157,8 @@ class League:
         return pl.DataFrame(rows)
 
     def _row(self, policy: Policy, *filled: np.ndarray) -> dict:
-        best = filled[0]
-        speed, gain = self.speed(filled), self.gain(filled)
+        best, alone = filled[0], policy.scope == "engine"
+        speed, gain = self.speed(filled, alone=alone), self.gain(filled, alone=alone)
         total = best.sum(0)
         steps, drafted, accepted = (int(total[c]) for c in (kernel.STEPS, kernel.DRAFTED, kernel.ACCEPTED))
         verifications = int(total[kernel.VERIFICATIONS])
@@ -194,10 +198,11 @@ class League:
 
     def by_category(self, policy: Policy) -> pl.DataFrame:
         """One row per prompt category: tokens per second and speed-up against no MTP, each with its 95 % interval."""
-        filled = [counts[0] for counts in self.filled_counts([policy])]
+        filled, alone = [counts[0] for counts in self.filled_counts([policy])], policy.scope == "engine"
         rows = []
         for category, member in self.members.items():
-            speed, gain, total = self.speed(filled, member), self.gain(filled, member), filled[0][member].sum(0)
+            speed, gain = self.speed(filled, member, alone), self.gain(filled, member, alone)
+            total = filled[0][member].sum(0)
             drafted = int(total[kernel.DRAFTED])
             rows.append(
                 {
@@ -209,12 +214,12 @@ class League:
             )
         return pl.DataFrame(rows)
 
-    def speed(self, filled: Sequence[np.ndarray], member: np.ndarray | None = None) -> Interval:
+    def speed(self, filled: Sequence[np.ndarray], member: np.ndarray | None = None, alone: bool = False) -> Interval:
         """Tokens per second of requests whose counts, int64 ``[n_requests, n_counts]``, are ``filled`` in each of the
-        fills, of all or of ``member`` ones.
+        fills, of all or of ``member`` ones. ``alone``: they are one queue, of which there are no others to compare.
         """
         first, *others = (self._speed(known, member) for known in filled)
-        return first.around(others)
+        return Interval(first.value, None, None) if alone else first.around(others)
 
     def speed_of_these(self, policy: Policy | None) -> Interval:
         """Tokens per second of exactly these requests under ``policy`` (None: no MTP); the interval is the cost
@@ -222,23 +227,26 @@ class League:
         """
         known = self.no_mtp_counts if policy is None else self.counts([policy])[0]
         total, tokens = known.sum(0), 1e6 * self.tokens.sum()
-        return _interval(tokens / (total @ self.cost.prices), tokens / (self.cost.boot @ total))
+        low, high = np.quantile(tokens / (self.cost.boot @ total), _LEVELS)
+        return Interval(float(tokens / (total @ self.cost.prices)), float(low), float(high))
 
-    def gain(self, filled: Sequence[np.ndarray], member: np.ndarray | None = None) -> Interval:
+    def gain(self, filled: Sequence[np.ndarray], member: np.ndarray | None = None, alone: bool = False) -> Interval:
         """Speed-up against no MTP, as above; numerator and denominator share every draw."""
         first, *others = (self._gain(known, member) for known in filled)
-        return first.around(others)
+        return Interval(first.value, None, None) if alone else first.around(others)
 
     def _gain(self, known: np.ndarray, member: np.ndarray | None) -> Interval:
         chosen = slice(None) if member is None else member
         value = self.no_mtp_us[chosen].sum() / (known[chosen] @ self.cost.prices).sum()
-        return _interval(value, self._drawn_us(self.no_mtp_counts, chosen) / self._drawn_us(known, chosen))
+        pairs = zip(self._drawn_us(self.no_mtp_counts, chosen), self._drawn_us(known, chosen), strict=True)
+        return _interval(value, *(plain / with_mtp for plain, with_mtp in pairs), len(known[chosen]))
 
     def _speed(self, known: np.ndarray, member: np.ndarray | None = None) -> Interval:
         chosen = slice(None) if member is None else member
-        tokens, times = self.tokens[chosen], self._drawn_us(known, chosen)
-        drawn = np.array([weights @ tokens for weights in self._drawn(chosen)])
-        return _interval(1e6 * tokens.sum() / (known[chosen] @ self.cost.prices).sum(), 1e6 * drawn / times)
+        tokens = self.tokens[chosen]
+        value = 1e6 * tokens.sum() / (known[chosen] @ self.cost.prices).sum()
+        drawn = 1e6 * np.array([weights @ tokens for weights in self._drawn(chosen)])
+        return _interval(value, *(drawn / times for times in self._drawn_us(known, chosen)), len(tokens))
 
     def _drawn(self, chosen: np.ndarray | slice) -> Iterator[np.ndarray]:
         """How often each chosen request is in each draw, float64 ``[n_boot, n]`` some draws at a time; a draw without
@@ -249,14 +257,25 @@ class League:
             weights[weights.sum(1) == 0] = 1.0
             yield weights
 
-    def _drawn_us(self, known: np.ndarray, chosen: np.ndarray | slice) -> np.ndarray:
-        """Total time of each draw's requests under that draw's cost model: float64 ``[n, n_boot]``."""
-        times = self.cost.boot @ known[chosen].T
-        return np.array([(weights * times).sum(1) for weights in self._drawn(chosen)])
+    def _drawn_us(self, known: np.ndarray, chosen: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
+        """Total time of each draw's requests, float64 ``[n, n_boot]``: under that draw's cost model, and under the one
+        that is fitted to everything.
+        """
+        times, fitted = self.cost.boot @ known[chosen].T, known[chosen] @ self.cost.prices
+        drawn = [((weights * times).sum(1), weights @ fitted) for weights in self._drawn(chosen)]
+        return np.array([of for of, _ in drawn]), np.array([of for _, of in drawn])
 
 
-def _interval(value: float, drawn: np.ndarray) -> Interval:
-    return Interval(float(value), *(float(q) for q in np.quantile(drawn, _LEVELS)))
+def _interval(value: float, drawn: np.ndarray, of_requests: np.ndarray, n: int) -> Interval:
+    """The interval of a ``value`` of ``n`` requests from its bootstrap draws, and from these at costs that are known.
+    Drawing from few requests has a variance too small by ``(n - 1) / n``, and few hardly tell how much they differ:
+    that part is stretched, by as much more as Student's t of ``n - 1`` is wider than a normal distribution.
+    """
+    if n < 2:
+        return Interval(float(value), None, None)
+    wider = np.sqrt(n / (n - 1)) * stdtrit(n - 1, _LEVELS[1]) / ndtri(_LEVELS[1])
+    ratios = np.maximum(drawn, 1e-9) / value * (np.maximum(of_requests, 1e-9) / value) ** (wider - 1)
+    return Interval(float(value), *(float(value * ratio) for ratio in np.quantile(ratios, _LEVELS)))
 
 
 def _columns(speed: Interval, gain: Interval) -> dict[str, float]:

@@ -17,7 +17,17 @@ from tracekit.errors import TracekitError
 from tracekit.policy.rule import rule
 from tracekit.replay import link, lockstep
 from tracekit.replay.costs import N_BOOT, CostModel, measured_cells
-from tracekit.replay.robust import LEAST, blocks_of, deviation, members, not_negative, pulled_in, slowness_of, widened
+from tracekit.replay.robust import (
+    LEAST,
+    blocks_of,
+    deviation,
+    drawn,
+    members,
+    not_negative,
+    pulled_in,
+    slowness_of,
+    widened,
+)
 from tracekit.trace.store import TraceFile
 
 Sizes = tuple[int, int, int, bool, int, int]  # tracekit.replay.serving.Serving.sizes
@@ -40,7 +50,7 @@ def fit(trace: TraceFile, n_max: int, sizes: Sizes, n_boot: int = N_BOOT, seed: 
     rng, boot = np.random.default_rng(seed), []
     n_steps = np.bincount(steps.block, minlength=len(slowness))
     for _ in range(n_boot):
-        times = np.bincount(rng.integers(0, len(slowness), len(slowness)), minlength=len(slowness))
+        times = drawn(rng, steps.block, steps.kinds)
         level = (times * n_steps * slowness).sum() / (times * n_steps).sum()
         boot.append(level * _prices([np.tensordot(times, g, 1) for g in fitted], steps))
     boot = widened(np.array(boot), prices, len(slowness))
@@ -139,6 +149,13 @@ class _Steps:
     def wall(self) -> np.ndarray:
         """Whole steps."""
         return self.measured["wall"]
+
+    @property
+    def kinds(self) -> list[np.ndarray]:
+        """Which steps drafted, and which had no MTP, with snapshots and without: bool ``[n]`` each, none all false."""
+        bare = self.frame["mtp"].not_()
+        found = self.frame["n_draft_decodes"] > 0, bare & self.frame["snapshots"], bare & ~self.frame["snapshots"]
+        return [kind.to_numpy() for kind in found if kind.any()]
 
     def slowed(self, by: np.ndarray) -> _Steps:
         """All times multiplied by ``by``, float64 ``[n_blocks]``."""

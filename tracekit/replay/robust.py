@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from scipy.linalg import solve_triangular
 from scipy.optimize import isotonic_regression, nnls
@@ -75,7 +77,8 @@ def trend(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     few = slice(None, None, -(-len(x) // _PAIRED))
     if np.ptp(x[few]) <= 1e-3 * np.abs(x).max():
         return np.zeros(len(x))
-    return theilslopes(y[few], x[few]).slope * (x - np.median(x))
+    with np.errstate(invalid="ignore"):  # in the slope's interval, which nobody asks for
+        return theilslopes(y[few], x[few]).slope * (x - np.median(x))
 
 
 def widened(draws: np.ndarray, centre: np.ndarray | float, n: int) -> np.ndarray:
@@ -86,17 +89,31 @@ def widened(draws: np.ndarray, centre: np.ndarray | float, n: int) -> np.ndarray
 
 
 def blocks_of(block: np.ndarray) -> tuple[np.ndarray, int]:
-    """The blocks that intervals are drawn from, and how many stretches of time they are. One stretch alone is cut into
-    interleaved pieces: what is drawn then has the spread of single steps, but not that of a machine that drifts.
+    """The blocks that intervals are drawn from, numbered from 0, and how many stretches of time they are. One stretch
+    alone is cut into interleaved pieces: what is drawn then has the spread of single steps, but not that of a machine
+    that drifts.
+    """
+    names, numbered = np.unique(block, return_inverse=True)
+    return (np.arange(len(block)) % _PIECES if len(names) == 1 else numbered), len(names)
+
+
+def drawn(rng: np.random.Generator, block: np.ndarray, needed: Sequence[np.ndarray]) -> np.ndarray:
+    """How often each block is drawn when as many are, with replacement, and there is a step of each kind that is
+    ``needed`` (bool ``[n]`` like ``block``, not all false) in what is drawn.
     """
     n = int(block.max()) + 1
-    return (np.arange(len(block)) % _PIECES if n == 1 else block), n
+    holds = [np.bincount(block, kind, n) > 0 for kind in needed]
+    while True:
+        times = np.bincount(rng.integers(0, n, n), minlength=n)
+        if all(times[of].any() for of in holds):
+            return times
 
 
 def beside(x: np.ndarray, y: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """How ``y`` grows with each column of ``x``, float64 ``[n, n_columns]``, beside a level for every size, and not at
     the cost of the levels: least squares of both together, where nothing is negative and no level below that of a
-    smaller size. A column that is constant for every size gets 0.
+    smaller size. What is below 1 is no size but a kind, with a level that has nothing to do with the others. A column
+    that is constant for every size gets 0.
 
     What is far off for its size is pulled in, beginning with what took more than :data:`_MOST` times the median.
     """
@@ -105,7 +122,8 @@ def beside(x: np.ndarray, y: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     values, groups = np.unique(sizes, return_inverse=True)
     every = members(groups, len(values))
     told = np.array([np.ptp(x[of], axis=0) for of in every]).any(0)
-    columns = np.column_stack((x * told, groups[:, None] >= np.arange(len(values)))).astype(float)
+    levels = np.where(values < 1, values[groups, None] == values, values[groups, None] >= np.maximum(values, 1))
+    columns = np.column_stack((x * told, levels)).astype(float)
     products = columns.T @ columns
     medians = np.array([np.median(y[of]) for of in every])
     aim = np.minimum(y, _MOST * np.maximum(medians, 0)[groups])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,8 @@ from tracekit.replay import costs, kernel, lockstep, lockstep_costs, simulate
 from tracekit.replay.arrays import Positions
 from tracekit.replay.costs import CostModel
 from tracekit.trace.store import TraceFile
+
+_NO_ROUNDS = np.zeros((0, 2), np.int16)
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,10 @@ class Serving:
         """
         if self.n_slots == 1:
             return simulate.counts(policies, positions)
-        return self._in_lockstep(policies, positions, np.zeros((0, 2), np.int16))
+        out = np.empty((len(policies), positions.n_requests, lockstep.N_COUNTS))
+        for chosen, part in self._in_lockstep(policies, positions, _NO_ROUNDS):
+            out[chosen] = part
+        return out
 
     def no_mtp_counts(self, positions: Positions) -> np.ndarray:
         """The same, ``[n_requests, n_counts]``, of the baseline: MTP is not loaded, nor are snapshots taken."""
@@ -87,13 +92,15 @@ class Serving:
         found[:, kernel.BARE] = found[:, kernel.OVER]
         return found
 
-    def _in_lockstep(self, policies: Sequence[Policy], positions: Positions, rounds: np.ndarray) -> np.ndarray:
-        out = np.empty((len(policies), positions.n_requests, lockstep.N_COUNTS))
-        for run, chosen, rows, shared in simulate.by_rule(policies, positions, out[0].nbytes, lockstep):
-            part = np.empty((len(chosen), *out.shape[1:]))
+    def _in_lockstep(
+        self, policies: Sequence[Policy], positions: Positions, rounds: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Indices of some of the policies, and their counts."""
+        shape = positions.n_requests, lockstep.N_COUNTS
+        for run, chosen, rows, shared in simulate.by_rule(policies, positions, 8 * shape[0] * shape[1], lockstep):
+            part = np.empty((len(chosen), *shape))
             run(rows, shared, self.sizes, simulate.arrays_of(positions), part, rounds)
-            out[chosen] = part
-        return out
+            yield chosen, part
 
     def times(self, policies: Sequence[Policy], positions: Positions, prices: np.ndarray) -> np.ndarray:
         """Microseconds of every request under every policy, float64 ``[n_policies, n_requests]``; raises as
@@ -101,14 +108,18 @@ class Serving:
         """
         if self.n_slots == 1:
             return simulate.times(policies, positions, prices)
-        return self.counts(policies, positions) @ prices
+        out = np.empty((len(policies), positions.n_requests))
+        for chosen, part in self._in_lockstep(policies, positions, _NO_ROUNDS):
+            out[chosen] = part @ prices
+        return out
 
     def rounds(self, policy: Policy, positions: Positions) -> list[list[tuple[int, int]]]:
         """``(drafted, accepted)`` of every step of every request: what the engine's ``Completion.rounds`` will be."""
         if self.n_slots == 1:
             return simulate.rounds(policy, positions)
         found = np.zeros((len(positions.match), 2), np.int16)
-        steps = self._in_lockstep([policy], positions, found)[0, :, lockstep.STEPS].astype(int)
+        ((_, counted),) = self._in_lockstep([policy], positions, found)
+        steps = counted[0, :, lockstep.STEPS].astype(int)
         return [
             list(map(tuple, found[start : start + n].tolist())) for start, n in zip(positions.first, steps, strict=True)
         ]

@@ -15,7 +15,7 @@ from scipy.stats import theilslopes
 
 from tracekit.errors import TracekitError
 from tracekit.replay import kernel
-from tracekit.replay.robust import LEAST, blocks_of
+from tracekit.replay.robust import LEAST, blocks_of, drawn
 from tracekit.trace.store import TraceFile
 
 _OR = "or take the times of another trace with --cost"
@@ -135,11 +135,11 @@ class Steps:
         return replace(self, **times)
 
     def resampled(self, rng: np.random.Generator, slowness: np.ndarray) -> tuple[Steps, float]:
-        """As many blocks, drawn with replacement, with all their steps (neighbours are not independent); their mean
-        slowness.
+        """As many blocks, drawn with replacement, with all their steps (neighbours are not independent) and some with
+        MTP and some without; their mean slowness.
         """
-        blocks, n = self.block.astype(int), len(slowness)
-        times = np.bincount(rng.integers(0, n, n), minlength=n)
+        blocks, bare = self.block.astype(int), (self.mtp == 0) & (self.loaded == 0)
+        times = drawn(rng, blocks, [kind for kind in (bare, self.mtp == 1) if kind.any()])
         chosen = np.repeat(np.arange(len(blocks)), times[blocks])
         return self.take(chosen), float(slowness[blocks[chosen]].mean())
 

@@ -74,6 +74,8 @@ def tune(
             speedup_high=round(gain.high, 4),
             worst_category=worst,
             worst_category_speedup=round(categories[worst].value, 4),
+            worst_category_speedup_low=_rounded(categories[worst].low),
+            worst_category_speedup_high=_rounded(categories[worst].high),
             exact_fraction=round(exact, 4),
             alternatives=_alternatives(league, found, max_slowdown),
         ),
@@ -103,7 +105,7 @@ def _alternatives(league: League, found: Search, max_slowdown: float) -> tuple[A
         p for p in dict.fromkeys([*references(league).values(), *runners_up]) if p not in (found.policy, rule("off")())
     ]
     rows = league.table(policies).iter_rows(named=True)
-    are_safe = safe(league, policies, max_slowdown, found.margin)
+    are_safe = safe(league, policies, max_slowdown, found.confidence)
     for policy, row, is_safe in zip(policies, rows, are_safe.tolist(), strict=True):
         speed = Interval(row["tokens_per_second"], row["tokens_per_second_low"], row["tokens_per_second_high"])
         out.append(_alternative(policy.label, speed, row["speedup"], is_safe))
@@ -137,12 +139,22 @@ def _why_off(found: Search, gain: Interval) -> str:
         )
     if found.doubted is not None:
         policy, category, slowdown = found.doubted
+        if slowdown == float("inf"):
+            return f" {policy} is faster on these, but a single {category} prompt tells nothing of others: more would."
         return (
             f" {policy} is faster on these, but they are too few, or too different, to exclude that it slows "
             f"{category} prompts by up to {100 * slowdown:.1f} % (95 %): more of those would tell, or a larger "
             "--max-slowdown."
         )
     return ""
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def _span(of: Interval) -> str:
+    return "" if of.low is None else f" ({of.low:.2f} to {of.high:.2f})"
 
 
 def _advice(policy: Policy, gain: Interval, worst: str, worst_gain: Interval, exact: float, league: League) -> str:
@@ -157,7 +169,7 @@ def _advice(policy: Policy, gain: Interval, worst: str, worst_gain: Interval, ex
     return (
         f"Speculate with {policy}: {gain.value:.2f} x the speed of no MTP ({gain.low:.2f} to {gain.high:.2f}, "
         f"95 %, {n}); "
-        f"at worst {worst_gain.value:.2f} x, on {worst} prompts."
+        f"at worst {worst_gain.value:.2f} x{_span(worst_gain)}, on {worst} prompts."
         + (f" The trace knows {100 * exact:.0f} % of its steps; the interval spans the rest." if exact < 1 else "")
         + (f" But {league.warning}." if league.warning else "")
     )

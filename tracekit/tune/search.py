@@ -2,8 +2,9 @@
 requests of each can tell, judged on requests it was not chosen on.
 
 A category's slowdown is a ratio of sums over its requests, with the standard error of such a ratio (Cochran, *Sampling
-Techniques*, chapter 2). Safe is a policy whose slowdown stays below what is allowed by a *margin* of standard errors:
-among thousands of policies that look safe, the fastest is one whose slowdown is underestimated.
+Techniques*, chapter 2). Safe is a policy whose slowdown stays below what is allowed with some *confidence*: among
+thousands of policies that look safe, the fastest is one whose slowdown is underestimated. Student's t it is that says
+how many standard errors that takes, since few requests hardly tell their own spread, and one not at all.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import stdtrit
 
 from tracekit.errors import TracekitError
 from tracekit.policy.rule import Policy, rule
@@ -20,7 +22,8 @@ from tracekit.tune.space import grid, neighbours
 
 _REFINED = 8  # best policies whose neighbourhood is tried
 _FRACTIONS = (0.5, 0.25)  # of a grid step
-_MARGINS = 1.645, 2.0, 2.5, 3.0  # standard errors: a one-sided 95 % bound; more, where choices turn out unsafe
+_CONFIDENCES = 0.95, 0.98, 0.995, 0.999  # of a one-sided bound; more, where choices turn out unsafe
+_MEAN = 0.5  # the confidence of a bound that is the mean itself
 _MOST_TIMES = 1 << 24  # of single requests that are held at once
 
 Progress = Callable[[int, int], None]
@@ -31,18 +34,18 @@ class Search:
     """What a search found. ``chosen``: index of the winner in ``policies``, ``off`` is 0; ``total_us`` float64
     ``[n_policies]``: predicted microseconds of all requests.
 
-    ``held_out``: the policy index chosen, for each request, without it. ``margin``: standard errors by which slowdowns
-    had to stay below what is allowed. Policies that were not chosen, each with a prompt category and its slowdown, or
-    None: ``refused``, chosen at first, when choices like it slowed that category of held-out requests by more than
-    allowed; ``doubted``, where ``off`` is chosen and none was refused: faster, and by its means safe, but for the
-    margin.
+    ``held_out``: the policy index chosen, for each request, without it. ``confidence``: with which slowdowns had to
+    stay below what is allowed. Policies that were not chosen, each with a prompt category and its slowdown, or None:
+    ``refused``, chosen at first, when choices like it slowed that category of held-out requests by more than
+    allowed; ``doubted``, where ``off`` is chosen and none was refused: faster, and by its means safe, but not with
+    enough confidence; its slowdown is infinite where a single request tells nothing.
     """
 
     policies: list[Policy]
     total_us: np.ndarray
     chosen: int
     held_out: np.ndarray
-    margin: float
+    confidence: float
     refused: tuple[Policy, str, float] | None = None
     doubted: tuple[Policy, str, float] | None = None
 
@@ -64,7 +67,7 @@ def search(
 
     In every fold the selection sees the other requests only (what it selects from, the grid refined around the best of
     all requests, is common). Where the policies so chosen slow a category of held-out requests by more than
-    ``max_slowdown``, the selection is repeated with a wider margin; a search that finds nothing safe returns ``off``.
+    ``max_slowdown``, the selection is repeated with more confidence; a search that finds nothing safe returns ``off``.
     On a live trace a request takes the longest time that what is not known allows.
     """
     n = league.positions.n_requests
@@ -79,7 +82,7 @@ def search(
     times = _Times(league, fold)
     times.add(policies, progress)
     for fraction in _FRACTIONS:
-        best = times.ranked(everything, max_slowdown, _MARGINS[0])[:_REFINED]
+        best = times.ranked(everything, max_slowdown, _CONFIDENCES[0])[:_REFINED]
         known = set(policies)
         beside = neighbours([policies[i] for i in best], space, league.positions.n_max, fraction)
         fresh = [p for p in beside if p not in known]
@@ -88,28 +91,28 @@ def search(
             times.add(fresh, None)
     categories, refused, doubted = list(league.members), None, None
     others = [np.arange(folds) != k for k in range(folds)]  # what the choice for each fold sees
-    for margin in _MARGINS:
-        best = np.array([times.ranked(seen, max_slowdown, margin)[0] for seen in others])
-        chosen = int(times.ranked(everything, max_slowdown, margin)[0])
+    for confidence in _CONFIDENCES:
+        best = np.array([times.ranked(seen, max_slowdown, confidence)[0] for seen in others])
+        chosen = int(times.ranked(everything, max_slowdown, confidence)[0])
         slowed = times.slowdowns(best)
         if chosen == 0 or slowed.max() <= max_slowdown + 1e-9:
             break
         refused = refused or (policies[chosen], categories[slowed.argmax()], float(slowed.max()))
     else:
         chosen, best = 0, np.zeros(folds, int)
-    if chosen == 0 and refused is None and (by_mean := int(times.ranked(everything, max_slowdown, 0.0)[0])):
-        bounds = times.bounds(everything, margin)[by_mean]
+    if chosen == 0 and refused is None and (by_mean := int(times.ranked(everything, max_slowdown, _MEAN)[0])):
+        bounds = times.bounds(everything, confidence)[by_mean]
         doubted = policies[by_mean], categories[bounds.argmax()], float(bounds.max())
-    return Search(policies, times.total_us, chosen, best[fold], margin, refused, doubted)
+    return Search(policies, times.total_us, chosen, best[fold], confidence, refused, doubted)
 
 
-def safe(league: League, policies: Sequence[Policy], max_slowdown: float, margin: float) -> np.ndarray:
-    """Whether each of ``policies`` slows no category by more than allowed, by a ``margin`` of standard errors: bool
+def safe(league: League, policies: Sequence[Policy], max_slowdown: float, confidence: float) -> np.ndarray:
+    """Whether each of ``policies`` slows no category by more than allowed, with this confidence: bool
     ``[n_policies]``.
     """
     times = _Times(league, np.zeros(league.positions.n_requests, int))
     times.add(policies, None)
-    return times.safe(np.ones(1, bool), max_slowdown, margin)
+    return times.safe(np.ones(1, bool), max_slowdown, confidence)
 
 
 class _Times:
@@ -149,26 +152,27 @@ class _Times:
         """Of all requests: float64 ``[n_policies]``."""
         return self._sums.sum((1, 2))
 
-    def bounds(self, seen: np.ndarray, margin: float) -> np.ndarray:
-        """Each category's slowdown against no MTP in the ``seen`` folds plus a ``margin`` of standard errors: float64
-        ``[n_policies, n_categories]``; -1 without requests. A single request has no error that one could tell.
+    def bounds(self, seen: np.ndarray, confidence: float) -> np.ndarray:
+        """What each category's slowdown against no MTP is below, judged by the ``seen`` folds, with this confidence:
+        float64 ``[n_policies, n_categories]``; -1 without requests, and infinite (but for the mean) with a single one.
         """
         times, squares, products = (of[:, :, seen].sum(2) for of in (self._sums, self._squares, self._products))
         n, no_mtp, no_mtp_squares = (of[:, seen].sum(1) for of in (self._n, self._no_mtp, self._no_mtp_squares))
         no_mtp = np.maximum(no_mtp, 1e-9)
         ratio = times / no_mtp
         spread = np.maximum(squares - 2 * ratio * products + ratio**2 * no_mtp_squares, 0)
-        return ratio - 1 + margin * np.sqrt(spread * n / np.maximum(n - 1, 1)) / no_mtp
+        errors = np.sqrt(spread * n / np.maximum(n - 1, 1)) / no_mtp
+        bounds = ratio - 1 + stdtrit(np.maximum(n - 1, 1), confidence) * errors
+        bounds[:, (n == 1) & (confidence > _MEAN)] = np.inf
+        return bounds
 
-    def safe(self, seen: np.ndarray, allowed: float, margin: float) -> np.ndarray:
-        """Which policies keep every category in the ``seen`` folds within ``allowed``, by the margin: bool
-        ``[n_policies]``.
-        """
-        return (self.bounds(seen, margin) <= allowed + 1e-9).all(1)
+    def safe(self, seen: np.ndarray, allowed: float, confidence: float) -> np.ndarray:
+        """Which policies keep every category within ``allowed``, as :meth:`bounds` judges: bool ``[n_policies]``."""
+        return (self.bounds(seen, confidence) <= allowed + 1e-9).all(1)
 
-    def ranked(self, seen: np.ndarray, allowed: float, margin: float) -> np.ndarray:
+    def ranked(self, seen: np.ndarray, allowed: float, confidence: float) -> np.ndarray:
         """Indices of the policies that are safe on the requests in the ``seen`` folds, fastest first; never empty."""
-        safe = self.safe(seen, allowed, margin)
+        safe = self.safe(seen, allowed, confidence)
         safe[0] = True
         times = self._sums[:, :, seen].sum((1, 2))
         return np.argsort(np.where(safe, times, np.inf), kind="stable")[: int(safe.sum())]

@@ -66,7 +66,8 @@ def _text(value: object) -> str:
 def grid(space: Mapping[str, Mapping[str, str]], n_max: int) -> list[Policy]:
     """``off`` and every combination in ``space``, drafts longer than ``n_max`` left out; simpler policies come first.
 
-    Raises :class:`TracekitError` for an unknown policy or parameter, or for more than 200,000 policies.
+    Raises :class:`TracekitError` for an unknown policy or parameter, for one whose state outlives a request, or for
+    more than 200,000 policies.
     """
     found: dict[Policy, None] = {rule("off")(): None}
     for name, values in space.items():
@@ -78,6 +79,11 @@ def grid(space: Mapping[str, Mapping[str, str]], n_max: int) -> list[Policy]:
                 f"the space of {name} has {size} policies; {MOST} at most: widen a step or drop a parameter"
             )
         fit = [p for p in sweep(rule(name), values) if getattr(p.params, "n_max", 0) <= n_max]
+        if shared := next((p for p in fit if p.scope == "engine"), None):
+            raise TracekitError(
+                f"policy {shared}: with scope=engine all requests are one queue, so that none of them tells whether "
+                "it is safe on others; `tracekit replay` shows what it does on these"
+            )
         if not fit:
             raise TracekitError(
                 f"every {name} in the space drafts more than the {n_max} tokens that the trace has; lower its n_max, "

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import norm
+from scipy.stats import t as student
 
 from tracekit.errors import TracekitError
 from tracekit.policy.rule import rule
@@ -17,6 +20,7 @@ from tracekit.replay import kernel, link
 from tracekit.replay.arrays import ANY
 from tracekit.replay.clairvoyant import clairvoyant_us
 from tracekit.replay.costs import CostModel, layout
+from tracekit.replay.league import League
 from tracekit.replay.serving import Serving
 from tracekit.replay.simulate import arrays_of, counts, rounds, times
 from tracekit.testing import random_positions
@@ -156,6 +160,45 @@ def test_rounds_agree_with_counts():
             assert len(steps) == c[r, kernel.STEPS]
             assert sum(s[0] for s in steps) == c[r, kernel.DRAFTED]
             assert sum(s[1] for s in steps) == c[r, kernel.ACCEPTED]
+
+
+def test_intervals_are_those_of_a_bootstrap():
+    """Requests and costs drawn together, at 95 %, and as much wider for few requests as Student's t is: the same from
+    draws of our own.
+    """
+    p, cost, policy = made_up(5), made_up_cost(5), rule("static")(n_max=3)
+    rng = np.random.default_rng(1)
+    cost = replace(cost, boot=cost.prices * rng.normal(1, 0.05, (100, 1)))
+    league = League(p, cost)
+    row, plain, ours = league.table([policy]).row(0, named=True), league.no_mtp_counts, league.counts([policy])[0]
+    draws = [(rng.integers(0, 8, 8), cost.boot[rng.integers(0, 100)]) for _ in range(4000)]
+    wider = np.sqrt(8 / 7) * student.ppf(0.975, 7) / norm.ppf(0.975)
+
+    def bounds(of):
+        value = of(np.arange(8), cost.prices)
+        told = [of(i, b) / value * (of(i, cost.prices) / value) ** (wider - 1) for i, b in draws]
+        return [value, *(value * np.quantile(told, (0.025, 0.975)))]
+
+    speed = bounds(lambda i, b: 1e6 * league.tokens[i].sum() / (ours[i] @ b).sum())
+    gain = bounds(lambda i, b: (plain[i] @ b).sum() / (ours[i] @ b).sum())
+    for name, expected in (("tokens_per_second", speed), ("speedup", gain)):
+        told = [row[f"{name}{end}"] for end in ("", "_low", "_high")]
+        assert told[0] == pytest.approx(expected[0])
+        assert np.log(told) == pytest.approx(np.log(expected), abs=0.15 * np.log(expected[2] / expected[1]))
+    low, high = (np.quantile(1e6 * league.tokens.sum() / (cost.boot @ ours.sum(0)), q) for q in (0.025, 0.975))
+    of_these = league.speed_of_these(policy)
+    assert (of_these.low, of_these.high) == (pytest.approx(low), pytest.approx(high))
+
+
+def test_one_request_or_one_queue_has_no_interval():
+    """Neither tells how others differ: a single request, nor requests of a policy whose state outlives each."""
+    one = random_positions(random.Random(2), 1, 8)
+    assert League(one, made_up_cost(2)).table([rule("static")(n_max=3)])["speedup_low"].is_null().all()
+    league, policy = League(made_up(2), made_up_cost(2)), rule("fallback")(scope="engine")
+    for frame in (league.table([policy]), league.by_category(policy)):
+        assert frame["tokens_per_second_low"].is_null().all()
+        assert frame["speedup_high"].is_null().all()
+    assert league.table([rule("fallback")()])["speedup_low"].is_not_null().all()
 
 
 def test_edit_of_a_policy_is_never_answered_from_the_cache(tmp_path):

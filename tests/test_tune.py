@@ -13,16 +13,19 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from scipy.stats import t as student
 
+from tracekit.errors import TracekitError
 from tracekit.policy.rule import rule
 from tracekit.replay import kernel
 from tracekit.replay.league import Interval, League
 from tracekit.testing import random_positions
-from tracekit.tune.evidence import _why_off
+from tracekit.trace.store import open_trace
+from tracekit.tune.evidence import _why_off, tune
 from tracekit.tune.search import Search, _folds, held_out_counts, safe, search
 
 from .test_replay import made_up_cost
 
 SPACE = {"static": {"n_max": "1..4/1", "p_min": "0,0.5"}, "fallback": {"n_max": "2,4", "min_ratio": "0.3,0.8"}}
+DOUBTED, REFUSED = (14, 0.02), (9, 0.0)  # seed and slowdown allowed where a policy is
 
 
 def _league(seed: int) -> League:
@@ -46,8 +49,8 @@ def _is_safe(league: League, times: np.ndarray, seen: np.ndarray, max_slowdown: 
 
 @examples(max_examples=12)
 @given(st.integers(0, 10**6), st.sampled_from([0.0, 0.02, 0.3]))
-@example(25, 0.02)  # a policy is doubted
-@example(59, 0.0)  # and refused
+@example(*DOUBTED)
+@example(*REFUSED)
 def test_every_choice_is_the_fastest_safe_one(seed, max_slowdown):
     """Of all requests, and of those outside each fold: no category slower than allowed, and nothing safe is faster.
     What the choices come to on requests they have not seen keeps within what was asked.
@@ -83,6 +86,46 @@ def test_every_choice_is_the_fastest_safe_one(seed, max_slowdown):
         assert (found.chosen, _is_safe(league, of, np.ones(len(fold), bool), max_slowdown, 0.5)) == (0, True)
         assert of.sum() < times[0].sum()
         assert bound > max(max_slowdown, of[member].sum() / times[0][member].sum() - 1)
+
+
+def test_off_is_not_always_a_matter_of_course():
+    """The examples above are of a policy that is doubted and of one that is refused, and confidence starts at 95 %."""
+    doubted, refused = (search(_league(s), SPACE, allowed, folds=4, seed=s) for s, allowed in (DOUBTED, REFUSED))
+    assert (doubted.chosen, doubted.doubted is None, doubted.confidence) == (0, False, 0.95)
+    assert (refused.chosen, refused.refused is None, refused.confidence > 0.95) == (0, False, True)
+
+
+@pytest.mark.parametrize(("seed", "speculates"), [(9, False), (12, True), (21, True)])
+def test_what_is_recommended_is_faster_with_its_whole_interval(seed, speculates):
+    """On requests that the choice was not made on, which is what the evidence tells; else it is off, and says why."""
+    made, shipped = _league(seed), open_trace("traces/reference-aligned-probe.duckdb")
+    league = League(made.positions, made.cost, shipped, shipped)
+    found = search(league, SPACE, 0.02)
+    gain, sure = league.gain(held_out_counts(league, found)), tune(league, SPACE, 0.02)
+    assert gain.value > 1
+    assert (gain.low > 1) == speculates
+    if speculates:
+        assert sure.policy == found.policy
+        assert (sure.evidence.speedup, sure.evidence.speedup_low) == (round(gain.value, 4), round(gain.low, 4))
+        assert seed == 21 or gain.value < league.gain([league.counts([found.policy])[0]]).value
+    else:
+        assert sure.policy == rule("off")()
+        assert "more prompts would tell" in sure.evidence.advice
+
+
+def test_one_prompt_of_a_category_makes_nothing_safe():
+    """It does not tell what others like it do; what else was faster is named, and why it is not recommended."""
+    made = _league(21)
+    league = League(replace(made.positions, categories=("alone", *("others",) * 23)), made.cost)
+    found = search(league, SPACE, 0.3, folds=2)
+    assert (found.chosen, found.doubted[1:]) == (0, ("alone", np.inf))
+    assert "a single alone prompt tells nothing" in _why_off(found, Interval(1.0, 1.0, 1.0))
+
+
+def test_a_policy_of_one_queue_is_not_tuned():
+    """Where all requests share a state none of them tells whether the policy is safe on others."""
+    with pytest.raises(TracekitError, match=r"scope=engine all requests are one queue"):
+        search(_league(3), {"fallback": {"scope": "request,engine"}})
 
 
 def test_off_says_what_it_was_chosen_instead_of():

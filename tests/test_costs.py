@@ -1,0 +1,137 @@
+"""Prices from few, torn or lopsided times: right, or refused in one line, and never negative."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+
+import duckdb
+import numpy as np
+import pytest
+
+from tracekit.errors import TracekitError
+from tracekit.policy.spec import parse
+from tracekit.replay import costs, kernel
+from tracekit.replay.costs import _PLAIN, _cells, fit, fit_steps, layout
+from tracekit.replay.league import League
+from tracekit.replay.robust import drawn, widened
+from tracekit.replay.steps import Steps
+from tracekit.trace.store import open_trace
+
+SHIPPED = "traces/reference-aligned-probe.duckdb"
+
+
+@pytest.fixture(scope="module")
+def steps() -> Steps:
+    """The steps of a shipped trace."""
+    return Steps.read(open_trace(SHIPPED), 8)
+
+
+def cut(path, *statements):
+    """A copy of the shipped trace at ``path`` with two of its prompts, after ``statements``."""
+    shutil.copy(SHIPPED, path)
+    with duckdb.connect(str(path)) as con:
+        con.execute(
+            """CREATE TEMP TABLE kept AS SELECT run, request FROM requests JOIN
+                   (SELECT DISTINCT prompt_id FROM requests JOIN request_ends USING (run, request)
+                    WHERE arm = 'probe' AND n_generated > 60 ORDER BY prompt_id LIMIT 2) USING (prompt_id)
+               WHERE arm IN ('probe', 'no_mtp')"""
+        )
+        for table in ("verifications", "request_ends", "requests"):
+            con.execute(f"DELETE FROM {table} WHERE (run, request) NOT IN (SELECT (run, request) FROM kept)")
+        con.execute("DELETE FROM steps WHERE (run, step) NOT IN (SELECT (run, step) FROM verifications)")
+        for statement in statements:
+            con.execute(statement)
+    return open_trace(path)
+
+
+def test_a_slow_baseline_moves_no_other_price(steps):
+    """Steps without MTP that take half as long again leave what those with MTP take where it was, to 1 %."""
+    more = 2500.0 * ((steps.mtp == 0) & (steps.loaded == 0))
+    found = []
+    for of in (steps, replace(steps, target=steps.target + more, wall=steps.wall + more)):
+        prices = fit_steps(of, 8)[2]
+        plain = prices[[*_PLAIN, kernel.OVER, kernel.BARE]].sum()
+        found.append(np.array([*prices[layout(8)[0]][1:], plain]) + 256 * prices[kernel.KV_ONE])
+    assert found[1][:-1] == pytest.approx(found[0][:-1], rel=0.01)
+    assert found[1][-1] == pytest.approx(found[0][-1] + 2500, rel=0.02)
+
+
+@pytest.mark.parametrize("few", [1, 2])
+def test_requests_without_names_may_be_few(tmp_path, few):
+    """A request with MTP and one without, or two of each, each a block of its own: some draws of blocks would lack one
+    kind, and none does.
+    """
+    one = "DELETE FROM requests WHERE prompt_id <> (SELECT min(prompt_id) FROM requests)"
+    rest = [
+        f"DELETE FROM {table} WHERE (run, request) NOT IN (SELECT (run, request) FROM requests)"
+        for table in ("verifications", "request_ends")
+    ]
+    steps = "DELETE FROM steps WHERE (run, step) NOT IN (SELECT (run, step) FROM verifications)"
+    trace = cut(tmp_path / "t.duckdb", *[one, *rest, steps] * (few == 1), "UPDATE requests SET prompt_id = ''")
+    league = League.of(trace)
+    assert (league.positions.n_requests, league.cost.n_blocks) == (few, 2 * few)
+    assert np.isfinite(league.cost.boot).all()
+    table = league.table(parse("off,static:n_max=1,8"))
+    assert (table["tokens_per_second"] > 0).all()
+    assert table["speedup_low"].is_null().all() == (few == 1)
+
+
+def test_a_request_of_one_token_is_no_stretch_of_time(tmp_path):
+    """It has no step that is priced, so that intervals are not drawn from it."""
+    first = "(SELECT min(prompt_id) FROM requests)"
+    trace = cut(
+        tmp_path / "t.duckdb",
+        f"""DELETE FROM verifications WHERE n_generated > 0
+            AND (run, request) IN (SELECT (run, request) FROM requests WHERE prompt_id = {first})""",
+    )
+    assert fit(trace, 8).n_blocks == 1
+
+
+def test_times_that_come_to_nothing_are_no_prices(steps):
+    """Between others such a size is what they say; at an end it is refused, with what to do."""
+    sizes = np.repeat(np.arange(1, 10), 6).astype(float)
+    time = 100 * sizes + np.tile([-1, 0, 1], 18)
+    torn = np.where(sizes == 4, -50.0, time)
+    assert _cells(steps, torn, sizes, 8, None, "target batches of width")[1:] == pytest.approx(100 * np.arange(1, 10))
+    with pytest.raises(TracekitError, match=r"width 9 too unsteady to price; record more prompts"):
+        _cells(steps, np.where(sizes == 9, -50.0, time), sizes, 8, None, "target batches of width")
+    with pytest.raises(TracekitError, match="width 1 measured fewer than 5 times"):
+        _cells(steps, time[3:], sizes[3:], 8, None, "target batches of width")
+
+
+def test_a_baseline_that_comes_to_nothing_is_refused(steps):
+    """Plain steps with MTP that took all their time soon after prompts leave nothing for those without."""
+    bare = (steps.mtp == 0) & (steps.loaded == 0)
+    with pytest.raises(TracekitError, match="its steps without MTP are too unsteady to price"):
+        fit_steps(steps.slowed(np.where(bare, 1e-9, 1.0)), 8)
+
+
+def test_draws_hold_every_kind():
+    """A kind that one block of twenty has is in every draw, in which blocks are else drawn alike."""
+    rng, block = np.random.default_rng(0), np.repeat(np.arange(20), 3)
+    draws = np.array([drawn(rng, block, [block == 7, block != 7]) for _ in range(300)])
+    assert (draws.sum(1) == 20).all()
+    assert draws[:, 7].min() == 1
+    assert draws.mean(0)[np.arange(20) != 7] == pytest.approx(np.full(19, 0.97), abs=0.2)
+
+
+def test_few_blocks_are_drawn_wider():
+    """Of two, the spread of draws is the square root of two too small."""
+    draws = np.random.default_rng(0).normal(5, 1, 100)
+    assert widened(draws, 5.0, 2).std() == pytest.approx(2**0.5 * draws.std())
+    assert widened(draws, 5.0, 2).mean() - 5 == pytest.approx(2**0.5 * (draws.mean() - 5))
+
+
+def test_a_machine_that_drifts_is_in_the_interval(steps, monkeypatch):
+    """Every other stretch of time 1.5 times as slow: prices are those of the mean, and their draws as far apart."""
+    slow = steps.slowed(np.where(steps.block % 2, 1.5, 1.0))
+    monkeypatch.setattr(costs.Steps, "read", lambda *_: slow)
+    drifting = fit(open_trace(SHIPPED), 8, n_boot=40)
+    monkeypatch.setattr(costs.Steps, "read", lambda *_: steps)
+    steady = fit(open_trace(SHIPPED), 8, n_boot=40)
+    width = layout(8)[0].start + 9
+    spread = [of.boot[:, width].std() / of.prices[width] for of in (drifting, steady)]
+    n = len(np.unique(steps.block))
+    assert spread[0] == pytest.approx(0.2 / np.sqrt(n), rel=0.5)
+    assert spread[0] > 1.5 * spread[1]

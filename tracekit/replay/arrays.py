@@ -85,16 +85,17 @@ class Positions:
     @cached_property
     def fills(self) -> tuple[Positions, ...]:
         """The same positions with what a live trace does not know filled in (:meth:`guess`): the best estimate first,
-        then the two that bracket it. A probe trace knows everything: itself.
+        then those that bracket it. A probe trace knows everything: itself.
         """
-        return (self,) if self.mode == "probe" else tuple(self.guess(filled) for filled in ("mean", "none", "all"))
+        return (self,) if self.mode == "probe" else tuple(self.guess(f) for f in ("mean", "none", "shy", "all"))
 
     def guess(self, filled: str) -> Positions:
         """The same positions with what is unknown filled in: ``none`` (no draft right, and a probability keeps those
-        that are wrong), ``all`` (all right, and it keeps the right ones alone), or ``mean`` (right as often as where it
-        is known, and no probability stops).
+        that are wrong), ``shy`` (no draft right, and it stops every one at once, so that a policy goes on drafting
+        though nothing comes of it), ``all`` (all right, and it keeps the right ones alone), or ``mean`` (right as often
+        as where it is known, and no probability stops).
 
-        ``none`` and ``all`` bracket a replay that has to extrapolate; ``mean`` is its best estimate.
+        The first three bracket a replay that has to extrapolate; ``mean`` is its best estimate.
         """
         match, short = self.match.astype(np.int64), self.known < ANY
         if filled == "mean":
@@ -109,7 +110,8 @@ class Positions:
         if filled == "all":
             match = np.where(short, self.n_max, match)
         right = np.arange(self.n_max) < match[:, None]
-        probs = np.where(self.probs < 0, (right == (filled == "all")).astype(np.float32), self.probs)
+        kept = right == (filled == "all") if filled != "shy" else np.zeros_like(right)
+        probs = np.where(self.probs < 0, kept.astype(np.float32), self.probs)
         return replace(self, match=match.astype(np.uint8), probs=probs)
 
 

@@ -69,8 +69,22 @@ def test_a_search_space_is_a_dict_or_a_file(trace, tmp_path):
     path.write_text('[static]\nn_max = [1, 2]\np_min = "0..0.5/0.5"\n')
     found = trace.tune(space={"static": {"n_max": [1, 2], "p_min": "0..0.5/0.5"}})
     assert found == trace.tune(space=path) == trace.tune(space=str(path))
-    assert found.evidence.n_policies < 20
+    assert found.evidence.n_policies == 5  # off, and nothing between the values
     assert trace.tune(space={"static": {"n_max": 1}}).evidence.n_policies == 2
+
+
+def test_a_search_space_is_searched_whole(tmp_path):
+    """A policy without values brings its own; drafts longer than recorded are refused; and where nothing in it pays,
+    what does outside of it is named.
+    """
+    trace, mine = tracekit.open(SHIPPED), tmp_path / "mine.py"
+    mine.write_text(rule("static").source.replace("SPACE = {", 'SPACE = {"n_max": "1..3/1"}\n_ = {', 1))
+    assert trace.tune(space={str(mine): {}}).evidence.n_policies == 4
+    with pytest.raises(TracekitError, match="some static in the space drafts more than the 8"):
+        trace.tune(space={"static": {"n_max": [2, 20]}})
+    found = trace.tune(space={"static": {"n_max": [8]}})
+    assert found.policy.label == "off"
+    assert "Not in the space that was searched: static:n_max=2, 1.15 x." in found.evidence.advice
 
 
 MISTAKES = {

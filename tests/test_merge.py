@@ -142,7 +142,8 @@ def test_on_the_command_line(models, settings, halves, tmp_path):
     assert result.stderr.strip() == f"Wrote {output}"
     again = tmp_path / "again.duckdb"
     with Engine(models["plain"], settings=settings, trace=again, probe=Probe(N_MAX, seed=5)) as engine:
-        record(engine, requests(per_category=2)[:3], baseline=True)
+        again_with = [replace(r, sampling=replace(r.sampling, seed=99)) for r in requests(per_category=2)[:3]]
+        record(engine, again_with, baseline=True)  # greedy: another seed is the same request
     result = cli("merge", output, again, "-o", tmp_path / "more.duckdb", "--json")
     assert "warning: 3 prompts were recorded more than once" in result.stderr
     assert json.loads(result.stdout)["runs"] == 3

@@ -365,6 +365,16 @@ def test_policy_file_round_trip(tmp_path, own):
         assert read(path).policy == policy
 
 
+@pytest.mark.parametrize(("name", "reason"), [("run.duckdb", "ends in .toml"), ("pyproject.toml", "no policy file")])
+def test_a_policy_replaces_nothing_but_a_policy(tmp_path, name, reason):
+    """A trace or whatever else has the name is left as it is."""
+    (tmp_path / name).write_text("[project]")
+    with pytest.raises(TracekitError, match=reason):
+        PolicyFile(rule("off")()).save(tmp_path / name)
+    assert (tmp_path / name).read_text() == "[project]"
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
 @pytest.mark.parametrize(
     ("content", "hint"),
     [

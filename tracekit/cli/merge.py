@@ -22,7 +22,7 @@ def merge(
     merged = put_together(traces, output, force)
     again = merged.frame(
         """SELECT prompt_id FROM requests WHERE prompt_id <> '' AND arm IN ('probe', 'live')
-           GROUP BY prompt_id, temp, seed HAVING count(DISTINCT run) > 1"""
+           GROUP BY prompt_id, temp, CASE WHEN temp > 0 THEN seed END HAVING count(DISTINCT run) > 1"""
     )
     if again.height:
         out.say(

@@ -22,10 +22,16 @@ class PolicyFile:
     evidence: Any = None
 
     def save(self, path: str | Path) -> Path:
-        """Write the file, complete or not at all; returns its path."""
+        """Write the file, complete or not at all; returns its path. Raises :class:`TracekitError` where there is
+        something that is no policy file.
+        """
         import tomli_w
 
         path, r = Path(path), self.policy.rule
+        if path.suffix != ".toml":
+            raise TracekitError(f"{path}: a policy file ends in .toml")
+        if path.exists() and not _is_policy(path):
+            raise TracekitError(f"{path}: exists, and is no policy file; choose another name")
         head: dict[str, Any] = (
             {"name": r.name} if r.path.parent == SHIPPED else {"file": os.path.relpath(r.path, path.resolve().parent)}
         )
@@ -39,6 +45,13 @@ class PolicyFile:
         except OSError as error:
             raise TracekitError(f"{path}: {error.strerror}; choose another place with -o") from None
         return path
+
+
+def _is_policy(path: Path) -> bool:
+    try:
+        return "policy" in tomllib.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
 
 
 def read(path: str | Path) -> PolicyFile:

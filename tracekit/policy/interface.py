@@ -11,7 +11,8 @@ A policy is a Python file with five names::
 All three functions are pure. The engine calls them as they are; the simulator compiles the same source with Numba,
 so they use plain arithmetic, ``math`` and functions of the same file. A parameter ``scope`` of ``"request"`` (the
 default) or ``"engine"`` is read by whoever runs the policy, not by its functions: with ``"engine"`` the state outlives
-the request. A parameter ``max_slots`` is one that means nothing where no more slots are served.
+the request. A parameter ``max_slots`` is one that means nothing where no more slots are served. A sixth name,
+``SPACE``, may say what a search tries: for some parameters a range (``"low..high/step"``) or a list of values.
 """
 
 from __future__ import annotations

@@ -26,13 +26,18 @@ def tune(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> PolicyFile:
-    """The best safe policy in ``space`` (None: every shipped policy's) on the trace of ``league``, with its evidence.
+    """The best safe policy in ``space`` (None: every shipped policy's, and between its values; where a policy has no
+    values, its own ``SPACE``) on the trace of ``league``, with its evidence.
 
     It is ``off`` unless the speed-up on requests the choice was not made on is above 1 with its whole 95 % interval,
     which on a live trace spans what is not known.
     """
-    space = default_space(league.serving.n_slots) if space is None else space
-    found = search(league, space, max_slowdown, folds, seed, progress)
+    named = space is not None
+    if named:
+        space = {name: values or rule(name).space for name, values in space.items()}
+    else:
+        space = default_space(league.serving.n_slots)
+    found = search(league, space, max_slowdown, folds, seed, progress, refine=not named)
     filled = held_out_counts(league, found)
     gain = league.gain(filled)
     why = ""
@@ -44,6 +49,11 @@ def tune(
         speed, gain = league.no_mtp_speed(), Interval(1.0, 1.0, 1.0)
         categories = {c: gain for c in league.members}
     worst = min(categories, key=lambda c: categories[c].value)
+    others = _alternatives(league, found, max_slowdown)
+    beyond = [a for a in others if a.safe and a.speedup > 1 and a.policy not in {p.label for p in found.policies}]
+    if named and not found.chosen and beyond:
+        best = max(beyond, key=lambda a: a.speedup)
+        why += f" Not in the space that was searched: {best.policy}, {best.speedup:.2f} x."
     run, priced = league.trace.runs.row(0, named=True), league.priced.runs.row(0, named=True)
     exact = 1 - league.inexact_fraction(found.policy)
     return PolicyFile(
@@ -77,7 +87,7 @@ def tune(
             worst_category_speedup_low=_rounded(categories[worst].low),
             worst_category_speedup_high=_rounded(categories[worst].high),
             exact_fraction=round(exact, 4),
-            alternatives=_alternatives(league, found, max_slowdown),
+            alternatives=others,
         ),
     )
 

@@ -62,8 +62,10 @@ def search(
     folds: int = 5,
     seed: int = 0,
     progress: Progress | None = None,
+    refine: bool = True,
 ) -> Search:
-    """Search ``space`` on the requests of ``league``. Raises :class:`TracekitError` with fewer requests than folds.
+    """Search ``space`` on the requests of ``league``, and between its values with ``refine``, else these alone. Raises
+    :class:`TracekitError` with fewer requests than folds.
 
     In every fold the selection sees the other requests only (what it selects from, the grid refined around the best of
     all requests, is common). Where the policies so chosen slow a category of held-out requests by more than
@@ -74,14 +76,15 @@ def search(
     if not 0 <= max_slowdown < 1:
         raise TracekitError(f"--max-slowdown {max_slowdown}: a fraction between 0 and 1 (0.02 is 2 %)")
     if not 2 <= folds <= n:
-        raise TracekitError(f"--folds {folds}: between 2 and the number of requests in the trace, {n}")
+        few = n < 2 and "a single request tells nothing of others; record more prompts"
+        raise TracekitError(few or f"--folds {folds}: between 2 and the number of requests in the trace, {n}")
     if seed < 0:
         raise TracekitError(f"--seed {seed}: 0 or more")
-    policies, everything = grid(space, league.positions.n_max), np.ones(folds, bool)
+    policies, everything = grid(space, league.positions.n_max, not refine), np.ones(folds, bool)
     fold = _folds(league.positions.categories, folds, seed)
     times = _Times(league, fold)
     times.add(policies, progress)
-    for fraction in _FRACTIONS:
+    for fraction in _FRACTIONS if refine else ():
         best = times.ranked(everything, max_slowdown, _CONFIDENCES[0])[:_REFINED]
         known = set(policies)
         beside = neighbours([policies[i] for i in best], space, league.positions.n_max, fraction)

@@ -54,7 +54,8 @@ def read_space(path: str | Path) -> dict[str, dict[str, str]]:
             raise TracekitError(
                 f'{path}: {name} is not a table; write [policy] and then key = "low..high/step" or a list'
             )
-        space[str(path.parent / name) if name.endswith(".py") else name] = {k: _text(v) for k, v in table.items()}
+        known = str(path.parent / name) if name.endswith(".py") else name
+        space[known] = {k: _text(v) for k, v in table.items()}
     return space
 
 
@@ -63,8 +64,9 @@ def _text(value: object) -> str:
     return ",".join(str(v).lower() if isinstance(v, bool) else str(v) for v in values)
 
 
-def grid(space: Mapping[str, Mapping[str, str]], n_max: int) -> list[Policy]:
-    """``off`` and every combination in ``space``, drafts longer than ``n_max`` left out; simpler policies come first.
+def grid(space: Mapping[str, Mapping[str, str]], n_max: int, whole: bool = False) -> list[Policy]:
+    """``off`` and every combination in ``space``, drafts longer than ``n_max`` left out, or refused where the ``whole``
+    of it is wanted; simpler policies come first.
 
     Raises :class:`TracekitError` for an unknown policy or parameter, for one whose state outlives a request, or for
     more than 200,000 policies.
@@ -78,16 +80,17 @@ def grid(space: Mapping[str, Mapping[str, str]], n_max: int) -> list[Policy]:
             raise TracekitError(
                 f"the space of {name} has {size} policies; {MOST} at most: widen a step or drop a parameter"
             )
-        fit = [p for p in sweep(rule(name), values) if getattr(p.params, "n_max", 0) <= n_max]
+        every = sweep(rule(name), values)
+        fit = [p for p in every if getattr(p.params, "n_max", 0) <= n_max]
         if shared := next((p for p in fit if p.scope == "engine"), None):
             raise TracekitError(
                 f"policy {shared}: with scope=engine all requests are one queue, so that none of them tells whether "
                 "it is safe on others; `tracekit replay` shows what it does on these"
             )
-        if not fit:
+        if not fit or (whole and len(fit) < len(every)):
             raise TracekitError(
-                f"every {name} in the space drafts more than the {n_max} tokens that the trace has; lower its n_max, "
-                "or record with a higher --n-max"
+                f"{'some' if fit else 'every'} {name} in the space drafts more than the {n_max} tokens that the trace "
+                "has; lower its n_max, or record with a higher --n-max"
             )
         found |= dict.fromkeys(fit)
     return list(found)

@@ -9,6 +9,7 @@ from tracekit.engine import Engine
 from tracekit.policy.spec import parse_one
 from tracekit.replay import kernel
 from tracekit.replay.arrays import ANY, positions
+from tracekit.replay.costs import layout
 from tracekit.replay.simulate import counts, rounds
 from tracekit.replay.steps import Steps
 from tracekit.trace.store import open_trace
@@ -37,8 +38,8 @@ def test_replay_equals_live(engine, probe_traces, temp, text):
 )
 def test_replay_counts_the_shapes_of_live_decodes(engine, probe_traces, tmp_path, text):
     """How often a decode has another shape than the one before, how often that shape comes up again right after it
-    (CUDA captures a graph then), how many plain decodes followed upon drafts or a prompt, and how soon: the walk
-    counts what a live trace of the policy holds.
+    (CUDA captures a graph then), how many plain decodes followed upon drafts or a prompt, and how soon, what was
+    decoded and caught up, and how many cells it attended to: the walk counts what a live trace of the policy holds.
     """
     policy, path = parse_one(text), tmp_path / "live.duckdb"
     p = positions(open_trace(probe_traces[0.0]))
@@ -47,10 +48,24 @@ def test_replay_counts_the_shapes_of_live_decodes(engine, probe_traces, tmp_path
         list(fresh.run(wanted))
         fresh.set_arm(mtp=False)
         list(fresh.run(wanted[:1]))  # costs without a baseline are refused
-    steps = Steps.read(open_trace(path), engine.settings.n_max)
+    trace = open_trace(path)
+    steps = Steps.read(trace, engine.settings.n_max)
     live = steps.take(np.arange(len(steps.wall)) < len(steps.wall) - len(rounds(parse_one("off"), p)[0]))
     counted = counts([policy], p)[0].sum(0)
+    widths, catchups = (counted[of] for of in layout(engine.settings.n_max))
+    several, drafting = live.width > 1, live.decodes > 0
     assert counted[kernel.STEPS] == len(live.wall)
+    assert counted[kernel.OVER] == (live.mtp == 0).sum()
+    assert (widths == np.bincount(live.width.astype(int), minlength=len(widths))).all()
+    assert (catchups == np.bincount(live.rows[drafting].astype(int), minlength=len(catchups))).all()
+    assert counted[kernel.DRAFT_ROUNDS] == drafting.sum()
+    assert counted[kernel.DRAFT_DECODES] == live.decodes.sum()
+    assert counted[kernel.KV_ONE] == live.kv[~several].sum()
+    assert counted[kernel.KV] == live.kv[several].sum()
+    assert counted[kernel.KV_WIDTH] == (live.kv * live.width)[several].sum()
+    assert counted[kernel.KV_DRAFT] == (live.kv * live.decodes).sum()
+    ahead = trace.frame("SELECT count(*) AS n, sum(n_ahead) AS rows FROM steps WHERE n_ahead > 0").row(0)
+    assert tuple(counted[[kernel.PROMPT_CATCHUPS, kernel.PROMPT_CATCHUP_ROWS]]) == ahead
     assert counted[kernel.RESHAPES] == live.reshapes[live.width > 1].sum()
     assert counted[kernel.RESHAPES_ONE] == live.reshapes[live.width == 1].sum()
     assert counted[kernel.CAPTURES] == live.captures[live.width > 1].sum()

@@ -52,6 +52,8 @@ def made_up_cost(seed, n_max=8):
     prices[kernel.LONG_CATCHUP_ROWS] = slope
     prices[kernel.LONG_CATCHUPS] = prices[catchups][-1] - slope * (n_max + 1)
     prices[kernel.BARE] = -0.1 * prices[kernel.STEPS] - prices[kernel.TOKENS] - 0.01 * prices[widths][1]
+    prices[[kernel.PROMPT_CATCHUPS, kernel.PROMPT_CATCHUP_ROWS]] = rng.uniform(0, 50, 2)
+    prices[[kernel.DRAFT_RESHAPES, kernel.DRAFT_CAPTURES]] = rng.uniform(0, 50, 2)
     return CostModel(n_max, prices, prices[None], None, 0.0, 0, 1 << 20, 2)
 
 
@@ -101,21 +103,34 @@ def test_nobody_beats_the_clairvoyant(seed):
     assert (Serving().no_mtp_counts(p) @ cost.prices >= least * (1 - 1e-9)).all()
 
 
-def test_clairvoyant_reaches_what_is_possible():
-    """With drafts always right, decodes free and no room limit, the optimum is the longest draft throughout."""
-    p = made_up(3)
-    cost = made_up_cost(3)
+def perfect_drafts(seed):
+    """Positions from a seed whose drafts are always right, and a step of any width as the only price."""
+    p, cost = made_up(seed), made_up_cost(seed)
     perfect = p.match.copy()
     for r in range(p.n_requests):
         for g in range(1, p.n_generated[r]):
             perfect[p.first[r] + g - 1] = min(8, p.n_generated[r] - g)
-    from dataclasses import replace
-
-    p = replace(p, match=perfect)
     cost.prices[:] = 0.0
     cost.prices[layout(8)[0]] = 1.0
+    return replace(p, match=perfect), cost
+
+
+def test_clairvoyant_reaches_what_is_possible():
+    """With drafts always right, decodes free and no room limit, the optimum is the longest draft throughout."""
+    p, cost = perfect_drafts(3)
     best = min(times(parse("static:n_max=8"), p, cost.prices)[0])
     assert clairvoyant_us(p, cost).min() == pytest.approx(best)
+
+
+def test_clairvoyant_catches_up_the_prompt():
+    """Where one round drafts all that follows, the optimum pays for that step and once for every row before it."""
+    p, cost = perfect_drafts(3)
+    p = replace(p, n_generated=np.full(p.n_requests, 10), max_tokens=np.full(p.n_requests, 10))
+    cost.prices[layout(8)[1]] = 0.01 * np.arange(10)
+    cost.prices[[kernel.LONG_CATCHUP_ROWS, kernel.PROMPT_CATCHUP_ROWS]] = 0.01
+    least = clairvoyant_us(p, cost)
+    assert least == pytest.approx(1 + 0.01 * (p.n_prompt + 1))
+    assert least == pytest.approx(times(parse("static:n_max=8"), p, cost.prices)[0])
 
 
 def test_price_is_the_dot_product():

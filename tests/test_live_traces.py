@@ -112,15 +112,6 @@ def test_requests_that_never_drafted_belong_to_the_workload(truth):
     assert live.drop("regret").equals(truth.table([policy]).drop("regret"))
 
 
-@pytest.mark.parametrize("trace", sorted(TRACES.glob("*.duckdb")), ids=lambda p: p.stem)
-def test_shipped_traces_replay_at_their_own_costs(trace):
-    """Every trace that ships prices itself, that of a drafter that is never right too."""
-    league = League.of(open_trace(trace))
-    table = league.table(league.usual_policies())
-    assert (table["tokens_per_second"] > 0).all()
-    assert table["exact_fraction"][0] == 1
-
-
 def test_context_beyond_what_was_timed_is_said(truth):
     """Prices of a short context applied to a long one: the league warns, and so does a recommendation."""
     long = replace(truth.positions, n_prompt=truth.positions.n_prompt + 60_000, n_ctx=truth.positions.n_ctx + 60_000)

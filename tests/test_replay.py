@@ -167,14 +167,34 @@ def test_unknown_positions_are_counted():
     assert accepted[0] <= accepted[1] <= accepted[2]
 
 
+def test_best_estimate_is_as_right_as_what_is_known():
+    """Where a trace has gaps, its best estimate makes drafts right there as often as elsewhere, at every place."""
+    gaps = random_positions(random.Random(11), 400, 8, probe=False)
+    unknown, filled = gaps.known == 0, gaps.guess("mean").match
+    assert (filled[~unknown] >= gaps.match[~unknown]).all()
+    for j in range(8):
+        guessed, known = (filled[of & (filled >= j)] > j for of in (unknown, ~unknown))
+        assert guessed.mean() == pytest.approx(known.mean(), abs=0.05)
+
+
 def test_rounds_agree_with_counts():
-    """The list of (drafted, accepted) per step adds up to the compiled counts."""
+    """The list of (drafted, accepted) per step adds up to the compiled counts, and gives the ratios of a league."""
     p = made_up(13)
-    for policy, c in zip(POLICIES, counts(POLICIES, p), strict=True):
-        for r, steps in enumerate(rounds(policy, p)):
+    table = League(p, made_up_cost(13)).table(POLICIES)
+    for policy, c, row in zip(POLICIES, counts(POLICIES, p), table.iter_rows(named=True), strict=True):
+        found = rounds(policy, p)
+        for r, steps in enumerate(found):
             assert len(steps) == c[r, kernel.STEPS]
             assert sum(s[0] for s in steps) == c[r, kernel.DRAFTED]
             assert sum(s[1] for s in steps) == c[r, kernel.ACCEPTED]
+        drafted, accepted = (np.array([step[i] for steps in found for step in steps]) for i in (0, 1))
+        verified = drafted > 0
+        if verified.any():
+            assert row["acceptance_ratio"] == pytest.approx(accepted.sum() / drafted.sum())
+            assert row["tau"] == pytest.approx((1 + accepted[verified]).mean())
+        else:
+            assert (row["acceptance_ratio"], row["tau"]) == (None, None)
+        assert row["amplification"] == pytest.approx((1 + drafted).sum() / (p.n_generated - 1).sum())
 
 
 def test_intervals_are_those_of_a_bootstrap():

@@ -260,17 +260,11 @@ def test_schema_is_what_duckdb_makes_of_it(tmp_path):
     assert "UINTEGER" not in schema.TABLES  # an unsigned difference below zero is an error in SQL
 
 
-def test_file_that_exists_is_never_overwritten(tmp_path):
-    """Without force an existing file stays as it is."""
-    path = tmp_path / "t.duckdb"
-    TraceWriter.create(path).close()
-    with pytest.raises(TracekitError, match="--force"):
-        TraceWriter.create(path)
-
-
 @pytest.mark.parametrize("ending", ["", ".wal", ".journal"])
 def test_what_a_recording_left_is_never_overwritten(tmp_path, ending):
-    """A log or a journal whose trace was moved away holds rows: without force it stays, and its name is not taken."""
+    """A trace, and a log or a journal whose trace was moved away, hold rows: without force they stay, and their name is
+    not taken.
+    """
     left = tmp_path / f"t.duckdb{ending}"
     left.write_bytes(b"rows")
     with pytest.raises(TracekitError, match=f"{re.escape(left.name)}: exists.*--force"):

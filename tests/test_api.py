@@ -31,7 +31,7 @@ def trace():
 def of_slots(models, tmp_path_factory):
     """A trace of several slots."""
     path = tmp_path_factory.mktemp("api") / "slots.duckdb"
-    settings = Settings(n_slots=SLOTS, n_max=N_MAX, n_ctx=512)
+    settings = Settings(n_slots=SLOTS, n_max=N_MAX, n_ctx=512, threads=1)
     with Engine(models["plain"], settings=settings, trace=path, probe=Probe(N_MAX)) as engine:
         record(engine, requests(per_category=2), baseline=True)
     return tracekit.open(path)
@@ -42,7 +42,7 @@ def calibration(models, tmp_path_factory):
     """A calibration."""
     path = tmp_path_factory.mktemp("api") / "costs.duckdb"
     plan, sweep = Plan(slots=(1,), contexts=(64,), n_max=4, steps=3, blocks=1), Sweep(4, seed=0)
-    settings = Settings(n_max=4, n_ctx=plan.n_ctx(512))
+    settings = Settings(n_max=4, n_ctx=plan.n_ctx(512), threads=1)
     with Engine(models["plain"], settings=settings, trace=path, probe=sweep) as engine:
         calibrate(engine, sweep, plan)
     return tracekit.open(path)

@@ -124,9 +124,8 @@ def test_ends_with_the_text(engine):
 
 def test_ends_with_the_context(models):
     """A full context ends the request, drafts and all, without an error from llama.cpp."""
-    settings = Settings(
-        n_ctx=64, n_batch=32, n_ubatch=32, n_max=6, cache_type_k="f32", cache_type_v="f32", flash_attn="off"
-    )
+    exact = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off"}
+    settings = Settings(n_ctx=64, n_batch=32, n_ubatch=32, n_max=6, threads=1, **exact)
     with Engine(models["plain"], settings=settings) as engine:
         limit = engine._target.n_ctx
         plain = engine.generate("import os\nimport sys\n", max_tokens=10_000)

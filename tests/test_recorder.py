@@ -172,7 +172,7 @@ def test_policy_file_of_ones_own_is_in_the_provenance(models, settings, tmp_path
 _GENERATE = """
     import sys, time
     from tracekit.engine import Engine, Settings
-    engine = Engine(sys.argv[1], "static:n_max=3", Settings(n_max=6, n_ctx=4096), trace=sys.argv[2])
+    engine = Engine(sys.argv[1], "static:n_max=3", Settings(n_max=6, n_ctx=4096, threads=1), trace=sys.argv[2])
     for i in range(10000):
         done = engine.generate("import os", max_tokens=50)
         print(i, len(done.tokens), flush=True)
@@ -217,7 +217,8 @@ def test_a_verb_asked_to_end_tidies_up(models, tmp_path, verb):
     trace, temporary = tmp_path / "t.duckdb", tmp_path / "tmp"
     temporary.mkdir()
     wanted = ["record", "--prompts", "tune", "-o", trace] if verb == "record" else ["verify", "static:n_max=2"]
-    command = [sys.executable, "-m", "tracekit", wanted[0], models["plain"], *wanted[1:], "--max-tokens", "400"]
+    options = ["--max-tokens", "400", "--threads", "1"]
+    command = [sys.executable, "-m", "tracekit", wanted[0], models["plain"], *wanted[1:], *options]
     environment = os.environ | {"TMPDIR": str(temporary)}
     with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, env=environment) as process:
         late = time.monotonic() + 60
@@ -305,7 +306,7 @@ def test_full_disk_stops_recording_and_nothing_else(models, tmp_path):
     path = tmp_path / "t.duckdb"
     code = """
         import logging, resource, sys
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
         logging.basicConfig(level=logging.ERROR, format="%(message)s")
         from tracekit.engine import Engine, Settings
         with Engine(sys.argv[1], "static:n_max=3", Settings(n_max=6, threads=1), trace=sys.argv[2]) as engine:
@@ -430,7 +431,7 @@ def test_name_that_is_taken_meanwhile_is_left_to_whoever_took_it(models, setting
 _FORK = """
     import os, sys
     from tracekit.engine import Engine, Settings
-    with Engine(sys.argv[1], "static:n_max=3", Settings(n_max=6), trace=sys.argv[2]) as engine:
+    with Engine(sys.argv[1], "static:n_max=3", Settings(n_max=6, threads=1), trace=sys.argv[2]) as engine:
         engine.generate("import os", max_tokens=20, prompt_id="before")
         if (child := os.fork()) == 0:
             engine.close()

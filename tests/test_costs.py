@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import duckdb
 import numpy as np
@@ -18,7 +19,7 @@ from tracekit.replay.robust import drawn, widened
 from tracekit.replay.steps import Steps
 from tracekit.trace.store import open_trace
 
-SHIPPED = "traces/reference-aligned-probe.duckdb"
+SHIPPED = Path(__file__).parent.parent / "traces" / "reference-aligned-probe.duckdb"
 
 
 @pytest.fixture(scope="module")

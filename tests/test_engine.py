@@ -9,7 +9,9 @@ import gc
 import logging
 import signal
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -245,6 +247,7 @@ def test_rows_of_a_fused_batch_are_its_own(models, settings, monkeypatch):
         (lambda m, s: Settings(n_max=100, n_batch=64), "cannot verify"),
         (lambda m, s: Settings(cache_type_k="int3"), "one of"),
         (lambda m, s: Settings(n_ctx=1), "8 or more"),
+        (lambda m, s: Settings(cache_type_v="q8_0", flash_attn="off"), "cache_type_v q8_0 needs flash attention"),
         (lambda m, s: Sampling(temp=-1), "between"),
         (lambda m, s: Sampling(seed=2**32 - 1), "between 0 and 4294967294"),  # llama.cpp: another seed each time
         (lambda m, s: Sampling(seed=1.5), "seed 1.5: a whole number between"),
@@ -338,6 +341,23 @@ def test_a_signal_while_a_decode_logs_is_not_lost(engine):
     assert engine.generate("import", max_tokens=3).tokens
 
 
+def test_two_threads_make_engines_one_after_the_other(models, settings):
+    """What each hears of llama.cpp's log is its own engine's, and Python's hooks are left as they were."""
+    hook = sys.unraisablehook
+    with Engine(models["plain"], settings=settings) as engine:
+        alone = engine.placement
+    starts = threading.Barrier(2)
+
+    def placement(_):
+        starts.wait()
+        with Engine(models["plain"], settings=settings) as engine:
+            return engine.placement
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(placement, range(8))) == [alone] * 8
+    assert sys.unraisablehook is hook
+
+
 def test_ggml_logs_nothing_between_loads(models, settings):
     """With CUDA it logs during every decode, where a callback of Python's would lose signals; loading is heard."""
     ggml = lib._ggml()
@@ -359,13 +379,41 @@ def test_control_tokens_in_a_prompt_are_control_tokens(engine):
     ]
 
 
-def test_damaged_model_gets_one_clear_line(models, tmp_path):
-    """A truncated GGUF is named, with llama.cpp's reason."""
+@pytest.mark.parametrize(
+    ("kept", "reason"),
+    [
+        (500_000, "tensor '.*' data is not within the file bounds, model is corrupted or incomplete"),
+        (3_000, "failed to read key-value pairs"),
+    ],
+)
+def test_damaged_model_gets_one_clear_line(models, tmp_path, capfd, kept, reason):
+    """A truncated GGUF is named, with llama.cpp's own reason, and nothing is printed beside it."""
     path = tmp_path / "cut.gguf"
-    path.write_bytes(models["plain"].read_bytes()[:500_000])
-    with pytest.raises(TracekitError, match="llama.cpp cannot load it") as error:
+    path.write_bytes(models["plain"].read_bytes()[:kept])
+    with pytest.raises(TracekitError, match=rf"llama.cpp cannot load it \(.*{reason}\)") as error:
         Engine(path)
     assert "\n" not in str(error.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_reason_is_the_first_error():
+    """Not the warning before it, nor what failed by it, nor what was said of something made before."""
+
+    def make(lines):
+        for level, line in lines:
+            lib._on_log(level, line, None)
+
+    warning, error, failed = (3, b"context: long\n"), (4, b"init: failed: no memory\n"), (4, b"load: failed to load\n")
+    lib.made(make, None, [error])
+    for lines, reason in (
+        ([warning, error, failed], "failed: no memory"),
+        ([warning, (2, b"load: error\n")], "long"),
+        ([], "no reason given"),
+    ):
+        lib.made(make, None, lines)
+        assert lib.reason() == reason
+    assert lib.made(lambda _: lib._on_log(*warning, None) or 1, None, None) == 1
+    assert lib.reason() == "no reason given", "a warning about what was made"
 
 
 @pytest.mark.parametrize(

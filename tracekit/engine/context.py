@@ -102,9 +102,7 @@ class Context:
             params.ctx_other = target.handle
         self.handle = lib.made(llama.llama_init_from_model, llama.llama_free, model.handle, params)
         if not self.handle:
-            raise TracekitError(
-                f"{model.path}: no context of {n_seq} x {n_ctx} tokens ({lib.last_error('no reason given')})"
-            )
+            raise TracekitError(f"{model.path}: no context of {n_seq} x {n_ctx} tokens ({lib.reason()})")
         self.n_snapshots = llama.llama_n_rs_seq(self.handle)
         if self.n_snapshots and min(n_batch, n_ubatch) <= self.n_snapshots + 1:  # else llama.cpp aborts the process
             llama.llama_free(self.handle)
@@ -132,7 +130,7 @@ class Context:
         if lib.interrupts:
             lib.raise_interrupt()
         if code:
-            reason = lib.last_error("no reason given")
+            reason = lib.reason()
             raise TracekitError(f"llama_decode returned {code} for {batch.n} tokens ({reason})")
         if self._waits:
             lib.synchronize(self._raw)

@@ -10,6 +10,7 @@ import ctypes
 import logging
 import os
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,8 +35,10 @@ _NEEDED = (
 )
 
 log = logging.getLogger("tracekit.llama_cpp")
-_recent: deque[str] = deque(maxlen=200)
+_WARN, _ERROR = 3, 4  # ggml_log_level
+_complaints: deque[tuple[int, str]] = deque(maxlen=200)  # warnings and errors that nobody asked for yet
 _listeners: list[list[str]] = []
+_making = threading.RLock()  # the log and Python's hooks are the process's: one thread makes things, and listens
 interrupts: list[BaseException] = []  # Ctrl-C and the like that came while llama.cpp was logging
 
 
@@ -69,7 +72,8 @@ def _on_log(level: int, text: bytes, _user_data) -> None:
     try:
         line = text.decode("utf-8", errors="replace").rstrip("\n")
         if line:
-            _recent.append(line)
+            if level in (_WARN, _ERROR):
+                _complaints.append((level, line))
             for heard in _listeners:
                 heard.append(line)
             log.debug("%s", line)
@@ -86,8 +90,13 @@ def raise_interrupt() -> None:
 def made(make: Callable, free: Callable, *arguments: Any) -> Any:
     """The handle that ``make(*arguments)`` of llama.cpp returns; ``free``d where a signal came meanwhile, whose
     exception is raised. Making takes seconds and logs: a callback's first line, where Python raises what a signal
-    asks for, is outside of every ``try``, and ctypes hands it to ``sys.unraisablehook``.
+    asks for, is outside of every ``try``, and ctypes hands it to ``sys.unraisablehook``. Threads wait for each other.
     """
+    with _making:
+        return _made(make, free, *arguments)
+
+
+def _made(make: Callable, free: Callable, *arguments: Any) -> Any:
     kept: list[Any] = []
     before = sys.unraisablehook
 
@@ -98,10 +107,13 @@ def made(make: Callable, free: Callable, *arguments: Any) -> Any:
             before(lost)
 
     sys.unraisablehook = hook
+    _complaints.clear()
     try:
         llama.llama_log_set(_on_log, None)
         kept.extend(map(make, *([a] for a in arguments)))  # by C alone: it is kept before a signal is raised
         raise_interrupt()
+        if kept[0]:
+            _complaints.clear()
     except BaseException:
         for handle in filter(None, kept):
             free(handle)
@@ -144,12 +156,13 @@ sampled_logits_address = _plain(llama.llama_get_sampled_logits_ith, ctypes.c_voi
 sampled_candidates_address = _plain(llama.llama_get_sampled_candidates_ith, ctypes.c_void_p, _int)
 
 
-def last_error(since: str = "") -> str:
-    """The newest line of llama.cpp's log that speaks of a failure, for an error message."""
-    for line in reversed(_recent):
-        if "error" in line.lower() or "failed" in line.lower():
-            return line.split(": ", 1)[-1].strip()
-    return since
+def reason() -> str:
+    """Why the last call failed: what llama.cpp complained of first, an error rather than a warning; the lines after it
+    tell only what failed thereby.
+    """
+    _, line = max(_complaints, key=lambda complaint: complaint[0], default=(0, "no reason given"))
+    _complaints.clear()
+    return line.split(": ", 1)[-1].strip()
 
 
 class _GgufParams(ctypes.Structure):
@@ -158,8 +171,7 @@ class _GgufParams(ctypes.Structure):
 
 def tensor_names(path: Path) -> list[str]:
     """Names of the tensors in a GGUF file, by ggml's own reader, without loading any; empty where it cannot be read."""
-    found = sorted(Path(llama.__file__).parent.glob("**/*ggml-base*"))
-    ggml = ctypes.CDLL(str(found[0]))
+    ggml = _ggml()  # whose log is ours
     ggml.gguf_init_from_file.restype = ctypes.c_void_p
     ggml.gguf_init_from_file.argtypes = [ctypes.c_char_p, _GgufParams]
     ggml.gguf_get_n_tensors.restype, ggml.gguf_get_n_tensors.argtypes = ctypes.c_int64, [ctypes.c_void_p]
@@ -176,13 +188,16 @@ def tensor_names(path: Path) -> list[str]:
 
 @contextmanager
 def listening() -> Iterator[list[str]]:
-    """Everything that llama.cpp logs inside the block, a list that grows line by line."""
+    """Everything that llama.cpp logs inside the block, a list that grows line by line. Another thread that wants to
+    listen, or to make something, waits for the end of the block.
+    """
     heard: list[str] = []
-    _listeners.append(heard)
-    try:
-        yield heard
-    finally:
-        _listeners[:] = [each for each in _listeners if each is not heard]  # others may have heard the same
+    with _making:
+        _listeners.append(heard)
+        try:
+            yield heard
+        finally:
+            _listeners[:] = [each for each in _listeners if each is not heard]  # others may have heard the same
 
 
 def build() -> str:

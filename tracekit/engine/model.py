@@ -84,7 +84,7 @@ class Model:
         path_bytes = os.fsencode(self.path)
         self.handle = lib.made(llama.llama_model_load_from_file, llama.llama_model_free, path_bytes, params)
         if not self.handle:
-            raise TracekitError(f"{path}: llama.cpp cannot load it ({lib.last_error('no reason given')})")
+            raise TracekitError(f"{path}: llama.cpp cannot load it ({lib.reason()})")
         self.vocab = llama.llama_model_get_vocab(self.handle)
         self._pieces: dict[int, bytes] = {}
 

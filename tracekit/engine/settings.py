@@ -70,6 +70,8 @@ class Settings:
         for name, known in (("cache_type_k", CACHE_TYPES), ("cache_type_v", CACHE_TYPES), ("flash_attn", FLASH_ATTN)):
             if getattr(self, name) not in known:
                 raise TracekitError(f"{name} {getattr(self, name)}: one of {', '.join(known)}")
+        if self.cache_type_v == "q8_0" and self.flash_attn == "off":
+            raise TracekitError("cache_type_v q8_0 needs flash attention; flash_attn auto or on, or another type")
         for name, most in (
             ("threads", MOST_THREADS),
             ("n_slots", MOST_SLOTS),

@@ -44,14 +44,19 @@ def _print(facts: dict[str, Any]) -> None:
     print(facts["llama_cpp"])
     for device in facts["devices"]:
         print(f"device   {device['name']}: {device['description']}, {device['memory_bytes'] / 2**30:.1f} GiB")
-    for gpu in facts["machine"]["gpus"]:
-        print(
-            f"gpu      {gpu['name']}, driver {gpu['driver']}, CUDA {gpu['cuda_driver']}, compute capability "
-            f"{gpu['compute_capability']}, at most {gpu['power_limit_w']:.0f} W and {gpu['sm_clock_max_mhz']} MHz"
-        )
-    if facts["machine"]["cuda_graphs"] is not None:
-        print(f"graphs   CUDA launches {'whole graphs' if facts['machine']['cuda_graphs'] else 'single kernels'}")
     machine = facts["machine"]
+    for gpu in machine["gpus"]:
+        told = {key: "not told" if value is None else value for key, value in gpu.items()}
+        watts, clock = gpu["power_limit_w"], gpu["sm_clock_max_mhz"]
+        print(
+            f"gpu      {told['name']}, driver {told['driver']}, CUDA {told['cuda_driver']}, compute capability "
+            f"{told['compute_capability']}, power limit {'not told' if watts is None else f'{watts:.0f} W'}, "
+            f"clock limit {'not told' if clock is None else f'{clock} MHz'}"
+        )
+    if machine["cuda_visible_devices"] is not None:
+        print(f"visible  CUDA_VISIBLE_DEVICES is {machine['cuda_visible_devices']!r}")
+    if machine["cuda_graphs"] is not None:
+        print(f"graphs   CUDA launches {'whole graphs' if machine['cuda_graphs'] else 'single kernels'}")
     print(f"machine  {machine['processor']}, {machine['cpus']} CPUs, Python {machine['python']}")
     for key, value in facts.get("model", {}).items():
         if key == "placement":

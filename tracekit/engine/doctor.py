@@ -32,7 +32,9 @@ def demand_gpu(facts: dict[str, Any]) -> None:
     that llama.cpp can use, and of a model that lies on it.
     """
     if all(lib.is_processor(device["name"]) for device in facts["devices"]):
-        seen = f"the driver shows {facts['machine']['gpus'][0]['name']}, but " if facts["machine"]["gpus"] else ""
+        gpus, visible = facts["machine"]["gpus"], facts["machine"].get("cuda_visible_devices")
+        hidden = "" if visible is None else f" (CUDA_VISIBLE_DEVICES is {visible!r})"
+        seen = f"the driver shows {gpus[0]['name'] or 'a GPU'}{hidden}, but " if gpus else ""
         raise TracekitError(
             f"{seen}llama.cpp sees no GPU; build it with CUDA: `make demo-cuda`, or docs/cuda.md for a machine offline"
         )

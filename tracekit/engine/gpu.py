@@ -31,8 +31,15 @@ def _asked(ask, *arguments: Any, scale: float = 1) -> Any:
     return found if scale == 1 else found / scale
 
 
+def _boards(nvml) -> list[tuple[int, Any]]:
+    """Number and handle of every GPU but those that are lost, or forbidden to this process."""
+    found = [(i, _asked(nvml.nvmlDeviceGetHandleByIndex, i)) for i in range(_asked(nvml.nvmlDeviceGetCount) or 0)]
+    return [(i, gpu) for i, gpu in found if gpu is not None]
+
+
 def gpus() -> list[dict[str, Any]]:
-    """Facts about every NVIDIA GPU, empty without one: what a trace's provenance says of the machine.
+    """Facts about every NVIDIA GPU, empty without one: what a trace's provenance says of the machine; None for
+    what a GPU does not tell.
 
     Clocks in MHz, power in W; ``*_max`` and ``power_limit_w`` are what the GPU was allowed, not what it reached.
     """
@@ -41,33 +48,37 @@ def gpus() -> list[dict[str, Any]]:
         return []
     cuda = _asked(nvml.nvmlSystemGetCudaDriverVersion_v2)
     found = []
-    for i in range(nvml.nvmlDeviceGetCount()):
-        gpu = nvml.nvmlDeviceGetHandleByIndex(i)
-        memory, capability = (
-            _asked(nvml.nvmlDeviceGetMemoryInfo, gpu),
-            _asked(nvml.nvmlDeviceGetCudaComputeCapability, gpu),
+    for _, gpu in _boards(nvml):
+        memory, capability, persistent, mig = (
+            _asked(ask, gpu)
+            for ask in (
+                nvml.nvmlDeviceGetMemoryInfo,
+                nvml.nvmlDeviceGetCudaComputeCapability,
+                nvml.nvmlDeviceGetPersistenceMode,
+                nvml.nvmlDeviceGetMigMode,
+            )
         )
         found.append(
             {
-                "name": nvml.nvmlDeviceGetName(gpu),
-                "driver": nvml.nvmlSystemGetDriverVersion(),
+                "name": _asked(nvml.nvmlDeviceGetName, gpu),
+                "driver": _asked(nvml.nvmlSystemGetDriverVersion),
                 "cuda_driver": f"{cuda // 1000}.{cuda % 1000 // 10}" if cuda else None,
                 "compute_capability": "{}.{}".format(*capability) if capability else None,
                 "memory_bytes": memory.total if memory else None,
                 "power_limit_w": _asked(nvml.nvmlDeviceGetEnforcedPowerLimit, gpu, scale=1000),
                 "sm_clock_max_mhz": _asked(nvml.nvmlDeviceGetMaxClockInfo, gpu, nvml.NVML_CLOCK_SM),
                 "mem_clock_max_mhz": _asked(nvml.nvmlDeviceGetMaxClockInfo, gpu, nvml.NVML_CLOCK_MEM),
-                "persistence_mode": bool(_asked(nvml.nvmlDeviceGetPersistenceMode, gpu)),
-                "mig": bool((_asked(nvml.nvmlDeviceGetMigMode, gpu) or [0])[0]),
+                "persistence_mode": None if persistent is None else bool(persistent),
+                "mig": None if mig is None else bool(mig[0]),
             }
         )
     return found
 
 
 def driver() -> str | None:
-    """Version of the NVIDIA driver, or None without one."""
+    """Version of the NVIDIA driver; None without one, or where it does not tell."""
     nvml = _nvml()
-    return nvml.nvmlSystemGetDriverVersion() if nvml else None
+    return _asked(nvml.nvmlSystemGetDriverVersion) if nvml else None
 
 
 class GpuSensors:
@@ -75,13 +86,12 @@ class GpuSensors:
 
     def __init__(self):
         self._nvml = _nvml()
-        count = self._nvml.nvmlDeviceGetCount() if self._nvml else 0
-        self._handles = [self._nvml.nvmlDeviceGetHandleByIndex(i) for i in range(count)]
+        self._boards = _boards(self._nvml) if self._nvml else []
 
     def __call__(self, run: int, t_us: int) -> list[GpuReading]:
         """One row per GPU, for ``run`` at ``t_us``."""
         nvml, readings = self._nvml, []
-        for i, gpu in enumerate(self._handles):
+        for i, gpu in self._boards:
             used = _asked(nvml.nvmlDeviceGetUtilizationRates, gpu)
             memory = _asked(nvml.nvmlDeviceGetMemoryInfo, gpu)
             values = (

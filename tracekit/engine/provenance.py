@@ -70,8 +70,9 @@ def device_name() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Operating system, processor, cores, memory, Python and NVIDIA GPUs of this machine, and whether CUDA launches
-    whole graphs (None without CUDA).
+    """Operating system, processor, cores, memory, Python and NVIDIA GPUs of this machine, which of them
+    ``CUDA_VISIBLE_DEVICES`` leaves to llama.cpp (None: all), and whether CUDA launches whole graphs (None
+    without CUDA).
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
     return {
@@ -81,6 +82,7 @@ def machine() -> dict[str, Any]:
         "memory_bytes": memory,
         "python": platform.python_version(),
         "gpus": gpus(),
+        "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "cuda_graphs": lib.cuda_graphs(),
     }
 

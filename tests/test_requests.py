@@ -238,7 +238,19 @@ def test_policy_that_raises_is_named(two, tmp_path):
     assert len(two.generate("def f(x):\n", max_tokens=4).tokens) == 4
 
 
-@pytest.mark.parametrize("decision", ["None", "params.n_max", "(params.n_max, None)", "(params.n_max, 0.5, 1)"])
+@pytest.mark.parametrize(
+    "decision",
+    [
+        "None",
+        "params.n_max",
+        "(params.n_max, None)",
+        "(params.n_max, 0.5, 1)",
+        "('4', 0.0)",
+        "(None, 0.0)",
+        "(2.0, 0.0)",
+        "(-2, 0.0)",
+    ],
+)
 def test_policy_that_decides_nothing_is_named(two, tmp_path, decision):
     """What decide must not return is one line that says what it should have been; the engine goes on."""
     path = tmp_path / "mine.py"

@@ -223,10 +223,9 @@ class Loop:
             asked, p_min = policy.decide(slot.state, slot.now)
             if asked == NEVER:
                 slot.over, asked = True, 0
-            if not isinstance(asked, int) or not 0 <= asked <= self.settings.n_max:
+            if asked > self.settings.n_max:
                 raise TracekitError(
-                    f"policy {policy} asked for {asked} drafts; the engine allows whole numbers from 0 to "
-                    f"{self.settings.n_max} (--n-max)"
+                    f"policy {policy} asked for {asked} drafts; the engine allows {self.settings.n_max} (--n-max)"
                 )
         if asked == 0 and slot.n_asked > 0:
             slot.trips += 1

@@ -12,9 +12,10 @@ from types import ModuleType
 from typing import Any, get_type_hints
 
 from tracekit.errors import TracekitError
-from tracekit.policy.interface import SCOPES, Now, Scope
+from tracekit.policy.interface import NEVER, SCOPES, Now, Scope
 
 SHIPPED = Path(__file__).parent / "shipped"
+_NUMBERS = int, float  # a union of them would be made anew, per token
 REQUIRED = ("Params", "State", "begin", "decide", "learn")
 
 
@@ -91,15 +92,20 @@ class Policy:
         return head + (":" + ",".join(f"{k}={_text(v)}" for k, v in changed.items()) if changed else "")
 
     def decide(self, state: Any, now: Now) -> tuple[int, float]:
-        """The rule's decision under these parameters. Raises :class:`TracekitError` where it is none."""
+        """The rule's decision under these parameters: a whole number of drafts, ``NEVER`` or more, and a probability.
+        Raises :class:`TracekitError` where it is none.
+        """
         decision = self.rule.decide(self.params, state, now)
         try:
             asked, p_min = decision
-            if isinstance(p_min, int | float):
+            if isinstance(asked, int) and asked >= NEVER and isinstance(p_min, _NUMBERS):
                 return asked, p_min
         except (TypeError, ValueError):
             pass
-        raise TracekitError(f"policy {self}: decide returned {decision!r}, which is no (n_draft, p_min)")
+        raise TracekitError(
+            f"policy {self}: decide returned {decision!r}, which is no (n_draft, p_min): n_draft is a whole number, "
+            f"0 or more (or NEVER, {NEVER}), p_min a number"
+        )
 
     def row(self) -> list[float]:
         """The parameters as numbers, in the order of ``Params``: what the compiled simulator takes."""

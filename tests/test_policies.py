@@ -125,6 +125,7 @@ DECIDE, BEGIN, LEARN = "return state.n, 0.0", "return State(params.n_max)", "Sta
         (DECIDE, "return (2 if now.n_active < 12 else -2), 0.0", "-2 drafts"),
         (DECIDE, "return float(state.n), 0.0", "6.0 drafts"),
         (DECIDE, "return state.n > 2, 0.0", "True drafts"),
+        (DECIDE, "return state.n + now.n_active // 12, 0.0", "7 drafts are more than its n_max 6"),
         (DECIDE, "return state.n, 1.5", "p_min 1.5 is no probability"),
         (DECIDE, "return state.n, None", "p_min None is no probability"),
         (BEGIN, "return (params.n_max,)", "begin returns .*no State"),

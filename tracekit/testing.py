@@ -32,10 +32,10 @@ def check_policy(rule: Rule | str | Path, n_variants: int = 8, seed: int = 0) ->
     """Assert everything an engine and a simulator rely on, for ``rule`` (or the one of that name or in that file) at
     its defaults and at random points of its space, over 1 to 16 slots.
 
-    Decisions are whole numbers of drafts, 0 or more (or NEVER), and a probability; every field of the state has its
-    declared type; the functions are pure and raise nothing; both simulators make the steps that these functions
-    themselves make. Raises ``AssertionError`` saying what failed, with the policy and the step;
-    :class:`~tracekit.errors.TracekitError` for a file that is no policy or cannot be compiled.
+    Decisions are whole numbers of drafts, 0 or more (or NEVER) and no more than a parameter ``n_max``, and a
+    probability; every field of the state has its declared type; the functions are pure and raise nothing; both
+    simulators make the steps that these functions themselves make. Raises ``AssertionError`` saying what failed, with
+    the policy and the step; :class:`~tracekit.errors.TracekitError` for a file that is no policy or cannot be compiled.
     """
     rng = random.Random(seed)
     positions = random_positions(rng, n_requests=24, n_max=8)
@@ -144,6 +144,8 @@ def _decision(policy: Policy, step: int, state: Any, now: Now) -> tuple[int, flo
     n, p_min = decision
     is_count, is_probability = _is(n, int) and n >= NEVER, _is(p_min, float) and 0 <= p_min <= 1
     assert is_count, f"{policy}, step {step}: {n!r} drafts are not NEVER (-1), 0, 1, 2, ..."
+    most = getattr(policy.params, "n_max", n)  # an engine that starts with this policy allows as many
+    assert n <= most, f"{policy}, step {step}: {n} drafts are more than its n_max {most}"
     assert is_probability, f"{policy}, step {step}: p_min {p_min!r} is no probability"
     return decision
 

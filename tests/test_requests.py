@@ -158,6 +158,24 @@ def test_finished_slot_leaves_the_memory(two):
         assert [llama.llama_memory_seq_pos_max(context._memory, i) for i in range(2)] == [-1, -1]
 
 
+def test_rows_that_wait_are_given_back(two, tmp_path):
+    """Hidden rows kept for drafts that may come go with the request, or once the policy says that none will."""
+    path = tmp_path / "late.py"
+    idle = "return 0 if now.n_generated < 150 else -1, 0.0"
+    path.write_text(rule("static").source.replace("return params.n_max, params.p_min", idle))
+    sizes = []
+    two.submit(Request("def f(x):\n", max_tokens=180, ignore_eos=True, policy=path))
+    while not two.idle:
+        two.step()
+        sizes.append(two._drafter._lags[0]._data.nbytes)
+    assert max(sizes) > 2 * sizes[0]
+    assert sizes[155] == sizes[0]
+    two.submit(Request("def f(x):\n", max_tokens=140, ignore_eos=True, policy=path))
+    while not two.idle:
+        two.step()
+    assert two._drafter._lags[0]._data.nbytes == sizes[0]
+
+
 def test_cancelled_while_its_prompt_is_read(models, settings, tmp_path):
     """Cancelled before its first token, a request has a time that makes sense, and its trace can be read."""
     path = tmp_path / "t.duckdb"

@@ -62,7 +62,7 @@ class Drafter(Protocol):
     times: DraftTimes
 
     def forget(self, seq: int) -> None:
-        """The request in ``seq`` is over: another may start there."""
+        """Nothing more is drafted for the request in ``seq``; another may start there."""
 
     def extend(self, seq: int, hidden: np.ndarray, first: int, n: int) -> None:
         """The target decoded, and keeps, ``n`` further positions of ``seq``: rows ``first`` and following of ``hidden
@@ -84,14 +84,17 @@ class _Lag:
 
     Row ``i`` of :meth:`rows` is the target's hidden state at position ``next_pos - 1 + i``: the partner, in the MTP
     batch, of the token at ``next_pos + i``. The last ``keep`` rows already decoded stay, for :meth:`rewind`.
+    :meth:`reset` gives back what it grew by.
     """
 
     def __init__(self, n_embd: int, keep: int):
-        self._data = np.zeros((64 + keep, n_embd), np.float32)
+        self._data = np.zeros((0, n_embd), np.float32)
         self._keep = keep
         self.reset()
 
     def reset(self) -> None:
+        if len(self._data) != 64 + self._keep:
+            self._data = np.zeros((64 + self._keep, self._data.shape[1]), np.float32)
         self.next_pos = 0
         self._data[0] = 0.0  # position 0 has no predecessor: its partner is zero
         self._start, self._end = 0, 1
@@ -136,9 +139,10 @@ class _Lag:
 class MtpDrafter:
     """Drafts with a model's NextN block, in an MTP context beside the target's.
 
-    *Lazy*: hidden rows wait on the host while a slot drafts nothing. *Fused*: they go through the MTP context in the
-    batch whose last row yields the first draft, so ``n`` drafts take ``n`` decodes. Rejected drafts are never decoded
-    again.
+    *Lazy*: hidden rows wait on the host while a slot drafts nothing, until its request ends or will never draft: at
+    most ``n_ctx * n_embd * 4`` bytes a slot, in an array of up to twice that. *Fused*: they go through the MTP context
+    in the batch whose last row yields the first draft, so ``n`` drafts take ``n`` decodes. Rejected drafts are never
+    decoded again.
 
     ``backend_sampling`` asks llama.cpp to find the ten most likely tokens on the device and to leave the logits there;
     afterwards it says whether llama.cpp does. The drafts and their probabilities are the same.

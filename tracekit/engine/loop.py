@@ -214,19 +214,20 @@ class Loop:
         """Ask the slot's policy; an :class:`Ask` where it wants drafts and there is room for them."""
         asked, p_min, policy = 0, 0.0, slot.policy
         if self.probe:
-            asked, slot.over = max(0, self.probe.n_max), self.probe.n_max == NEVER
+            asked = self.probe.n_max
         else:
             if slot.shares:
                 slot.state = self.shared[policy]
             generated = len(slot.tokens) - slot.n_prompt
             slot.now = Now(generated, slot.n_past, slot.max_tokens - generated, n_active)
             asked, p_min = policy.decide(slot.state, slot.now)
-            if asked == NEVER:
-                slot.over, asked = True, 0
             if asked > self.settings.n_max:
                 raise TracekitError(
                     f"policy {policy} asked for {asked} drafts; the engine allows {self.settings.n_max} (--n-max)"
                 )
+        if asked == NEVER:
+            slot.over, asked = True, 0
+            self.drafter.forget(slot.index)
         if asked == 0 and slot.n_asked > 0:
             slot.trips += 1
             self._log_trip(slot)

@@ -520,6 +520,17 @@ def test_intervals_of_what_never_happened():
     assert ratio_interval(np.array([3]), np.array([4])) == (0.75, None, None)
 
 
+@pytest.mark.parametrize(("seen", "n"), [(0, 100), (1, 100), (7, 100), (50, 50_000), (99, 100)])
+def test_bound_of_what_differed_is_one_of_95_per_cent(seen, n):
+    """Were the share as large as the bound, so few would be seen in one of twenty recordings."""
+    from scipy.stats import binom
+
+    from tracekit.report.stats import at_most
+
+    assert binom.cdf(seen, n, at_most(seen, n)) == pytest.approx(0.05)
+    assert at_most(n, n) == 1
+
+
 def test_demo_runs_the_whole_loop(tmp_path):
     """`tracekit demo`, small: both heads, the table, advice, and the files it promises; and it goes on where it
     stopped.

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from scipy.stats import beta
 
 from tracekit.report.surface import as_json, is_calibration, surface, surface_notes
 from tracekit.trace.store import TraceFile
@@ -199,11 +200,9 @@ def _notes(runs: pl.DataFrame, acceptance: pl.DataFrame) -> list[str]:
         )
         checked, diverged = int(ended["n_checked"].sum()), int(ended["n_diverged"].sum())
         if checked:
-            # rule of three where nothing diverged
-            high = 3 / checked if not diverged else (diverged + 2 * diverged**0.5) / checked
             notes.append(
                 f"choices that came out differently in a batch of another width: {diverged} of {checked} (at "
-                f"most {high:.2g} with 95 % confidence)"
+                f"most {at_most(diverged, checked):.2g} with 95 % confidence)"
             )
     if runs["wall_us"].is_null().any():
         notes.append("a run was cut off: its last request is incomplete, everything else is there")
@@ -214,6 +213,11 @@ def _notes(runs: pl.DataFrame, acceptance: pl.DataFrame) -> list[str]:
             "misaligned with its target, not merely slow"
         )
     return notes
+
+
+def at_most(seen: int, n: int) -> float:
+    """The share that ``seen`` of ``n`` leaves possible, 95 %, one-sided (Clopper and Pearson)."""
+    return 1.0 if seen == n else float(beta.ppf(0.95, seen + 1, n - seen))
 
 
 def _gpu_notes(trace: TraceFile) -> list[str]:

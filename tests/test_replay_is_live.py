@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from tracekit.engine import Engine
+from tracekit.engine import Engine, Probe, Request
+from tracekit.errors import TracekitError
 from tracekit.policy.spec import parse_one
 from tracekit.replay import kernel
 from tracekit.replay.arrays import ANY, positions
 from tracekit.replay.costs import layout
+from tracekit.replay.league import League
 from tracekit.replay.simulate import counts, rounds
 from tracekit.replay.steps import Steps
 from tracekit.trace.store import open_trace
+from tracekit.verify import Arm, _judge
 
 from .conftest import POLICIES, requests
 
@@ -106,6 +111,30 @@ def test_probe_verifies_every_width(probe_traces):
     end = trace.runs.row(0, named=True)
     assert end["n_checked"] > 100
     assert end["n_diverged"] == 0
+
+
+def test_requests_of_one_token_ask_for_more_tokens(models, settings, tmp_path):
+    """There is nothing to replay after a prompt's own token; what to change is said, and not to probe, as it did."""
+    path = tmp_path / "t.duckdb"
+    with Engine(models["plain"], settings=settings, trace=path, probe=Probe(2)) as engine:
+        engine.generate("import os\n", max_tokens=1)
+    with pytest.raises(TracekitError, match="fewer than 2 tokens; record with a higher --max-tokens"):
+        positions(open_trace(path))
+
+
+@pytest.mark.parametrize("repeat", [0, 1])
+def test_steps_are_compared_in_every_repeat(probe_traces, repeat):
+    """Whichever repeat has another step than predicted, its request is not one of those that were as predicted."""
+    league = League.of(open_trace(probe_traces[0.0]))
+    arms = [Arm("no MTP", None), Arm("two", parse_one("static:n_max=2"))]
+    p, runs = league.positions, {}
+    wanted = [Request("", prompt_id=prompt_id) for prompt_id in p.prompt_ids]
+    for a, arm in enumerate(arms):
+        for r, steps in enumerate(rounds(arm.policy or parse_one("off"), p)):
+            for k in range(2):
+                other = [*steps[:-1], (9, 0)] if (a, r, k) == (1, 3, repeat) else steps
+                runs[a, r, k] = SimpleNamespace(tokens=[0] * int(p.n_generated[r]), rounds=other), 1000.0
+    assert _judge(league, arms, wanted, runs, 2).arms["equal_requests"].to_list() == [len(wanted), len(wanted) - 1]
 
 
 def test_live_trace_replays_its_own_policy_exactly(live_trace):

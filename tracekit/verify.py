@@ -55,8 +55,8 @@ class Verdict:
     ``spread_ratio`` (half the range of whole repeats over their median: the measurement's own noise; None, as is the
     measured interval, where nothing was repeated),
     ``equal_requests`` of ``n_requests`` whose steps were exactly the predicted ones, ``equal_tokens`` of them whose
-    tokens were those without MTP. ``categories``: measured and predicted speed-up of every arm in every prompt
-    category. ``ranking_tau``: Kendall's tau between predicted and measured order.
+    tokens were those without MTP, both in every repeat. ``categories``: measured and predicted speed-up of every arm in
+    every prompt category. ``ranking_tau``: Kendall's tau between predicted and measured order.
     """
 
     arms: pl.DataFrame
@@ -237,7 +237,10 @@ def _judge(league: League, arms: Sequence[Arm], requests: Sequence[Request], run
                 "measured_low": low,
                 "measured_high": high,
                 "spread_ratio": float((whole.max() - whole.min()) / 2 / np.median(whole)) if repeats > 1 else None,
-                "equal_requests": sum(runs[a, r, 0][0].rounds == steps[order[requests[r].prompt_id]] for r in known),
+                "equal_requests": sum(
+                    all(runs[a, r, k][0].rounds == steps[order[requests[r].prompt_id]] for k in range(repeats))
+                    for r in known
+                ),
                 "equal_tokens": sum(
                     all(runs[a, r, k][0].tokens == runs[0, r, 0][0].tokens for k in range(repeats)) for r in known
                 ),

@@ -121,16 +121,21 @@ def positions(trace: TraceFile, shortest: int = 2) -> Positions:
     was drafted.
     """
     arms = "('probe', 'live')"
-    requests = trace.frame(
+    every = trace.frame(
         f"""SELECT run, request, category, prompt_id, n_prompt, max_tokens, n_ctx, arm,
                    sum(len(tokens))::INT AS n_generated, sum(n_proposed) AS n_proposed
             FROM requests JOIN verifications USING (run, request)
             WHERE arm IN {arms} GROUP BY ALL ORDER BY run, request"""
-    ).filter(pl.col("n_generated") >= shortest)
+    )
+    requests = every.filter(pl.col("n_generated") >= shortest)
     if requests.is_empty() and (trace.runs["mode"] == "calibration").all():
         raise TracekitError(
             f"{trace.path}: a calibration, which knows costs and no acceptance; give a recorded trace, and this one "
             "as its --cost"
+        )
+    if requests.is_empty() and every.height:
+        raise TracekitError(
+            f"{trace.path}: every request in it has fewer than {shortest} tokens; record with a higher --max-tokens"
         )
     if not requests["n_proposed"].sum() and "probe" not in requests["arm"]:
         raise TracekitError(

@@ -14,6 +14,7 @@ import pytest
 from typer.main import get_command
 
 from tracekit.cli.app import app
+from tracekit.model.build import REFERENCE, inspect
 
 from .conftest import N_MAX
 
@@ -105,7 +106,16 @@ def test_help_lists_every_verb():
         assert command.help, name
         for parameter in command.params:
             assert parameter.help, f"{name} {parameter.name}"
-        assert "--json" in tracekit(*name.split(), "--help").stdout
+        printed = tracekit(*name.split(), "--help").stdout
+        assert "--json" in printed
+        assert not re.search(r"^ +-.*<list|\[\[|\.\.\.}", printed, re.MULTILINE), printed
+
+
+def test_help_of_the_reference_models_size_is_true():
+    """What `model build` says of layers and channels is what the shipped model has."""
+    facts, printed = inspect(REFERENCE), " ".join(tracekit("model", "build", "--help").stdout.split())
+    for kind in ("n_layer", "n_embd"):
+        assert f"ours has {facts[kind]}]" in printed
 
 
 def test_every_engine_option_changes_the_settings():
@@ -425,6 +435,7 @@ MISTAKES = [
     (["record", "{model}", "--prompts", "{prompts}", "-o", "x.duckdb", "--parallel", "9"], "needs 9 prompts"),
     (["record", "{model}", "--prompts", "{prompts}/x", "-o", "x.duckdb"], "not a text file"),
     (["verify", "{model}", "static", "--n-max", "0"], "compares drafting"),
+    (["verify", "{model}", "static", "--cost", "{prompts}"], "not a DuckDB file"),
     (["verify", "{model}", "static", "--plot", "no/such/folder/v.png"], "is no folder"),
     (["model", "build", "-o", "x.gguf", "--layers", "8", "--seed", "-1"], "--seed -1: 0 or more"),
     (["model", "build", "-o", "no/such/folder/x.gguf"], "choose another place"),

@@ -189,7 +189,7 @@ def verify(
             reason = str(error).partition(": ")[2].partition(";")[0]
             raise TracekitError(
                 f"the probes of these prompts do not tell what things cost ({reason}); give more --prompts or "
-                "--max-tokens, or the times of a recorded --trace"
+                "--max-tokens, or the times of a recorded trace with --cost"
             ) from None
     return _judge(league, arms, requests, runs, repeats)
 

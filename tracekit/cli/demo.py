@@ -22,7 +22,7 @@ def demo(
     temp: options.Temp = 0.8,
     repeats: Annotated[int, typer.Option("--repeats", help="Live runs of every held-out prompt under every arm.")] = 2,
     prompts_per_category: Annotated[
-        int, typer.Option("--prompts", help="Prompts per category to record, twice what is held out; 0: all.")
+        int, typer.Option("--prompts", help="Prompts per category to record; half as many are held out; 0: all.")
     ] = 5,
     seed: options.Seed = 0,
     threads: options.Threads = 0,

@@ -11,7 +11,7 @@ from tracekit.cli import options, out
 
 
 def doctor(
-    model: Annotated[Path | None, typer.Argument(metavar="[MODEL]", help="A GGUF file to look at too.")] = None,
+    model: Annotated[Path | None, typer.Argument(metavar="MODEL", help="A GGUF file to look at too.")] = None,
     draft_model: Annotated[
         Path | None, typer.Option("--draft-model", metavar="FILE", help="Sidecar GGUF that holds the NextN layers.")
     ] = None,

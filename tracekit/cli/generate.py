@@ -14,10 +14,14 @@ from tracekit.cli import options, out
 def generate(
     model: options.ModelFile,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue; - reads standard input.")],
-    policy: Annotated[str, typer.Option("--policy", help="A policy, or a policy file (policy.toml).")] = "off",
-    stop: Annotated[list[str] | None, typer.Option("--stop", help="End at this text (may be given again).")] = None,
+    policy: Annotated[
+        str, typer.Option("--policy", metavar="POLICY", help="A policy, or a policy file (policy.toml).")
+    ] = "off",
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", metavar="TEXT", help="End at this text (may be given again).")
+    ] = None,
     trace: Annotated[Path | None, typer.Option("--trace", metavar="FILE", help="Also record it (DuckDB).")] = None,
-    max_tokens: options.MaxTokens = 128,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Most tokens to generate.")] = 128,
     *,
     sampling_options: options.SamplingOptions,
     engine_options: options.EngineOptions,

@@ -11,7 +11,7 @@ from tracekit.cli import options, out
 
 
 def merge(
-    traces: Annotated[list[Path], typer.Argument(metavar="TRACE...", help="Trace files of one model and machine.")],
+    traces: Annotated[list[Path], typer.Argument(metavar="TRACE", help="Trace files of one model and machine.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The trace to write (DuckDB).")],
     force: options.Force = False,
     json: options.Json = False,

@@ -15,8 +15,17 @@ app = typer.Typer(help="The reference model: small, ours, and expandable.", no_a
 @app.command("build")
 def build(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The GGUF file to write.")],
-    layers: Annotated[int | None, typer.Option("--layers", help="Trunk layers: identity layers are added.")] = None,
-    width: Annotated[int | None, typer.Option("--width", help="Channels: times a power of four, exactly.")] = None,
+    layers: Annotated[
+        int | None,
+        typer.Option("--layers", help="Trunk layers: identity layers are added [default: the source's; ours has 5]."),
+    ] = None,
+    width: Annotated[
+        int | None,
+        typer.Option(
+            "--width",
+            help="Channels: the source's times a power of four, exactly [default: the source's; ours has 256].",
+        ),
+    ] = None,
     misaligned: Annotated[bool, typer.Option("--misaligned", help="Break the drafter: near-zero acceptance.")] = False,
     sidecar: Annotated[bool, typer.Option("--sidecar", help="The drafter alone, for --draft-model.")] = False,
     dtype: Annotated[str, typer.Option("--type", help="Type of the matrices: f16 or f32.")] = "f16",

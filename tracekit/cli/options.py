@@ -24,7 +24,9 @@ PromptsFile = Annotated[
 ]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Tokens to generate for each prompt.")]
 Temp = Annotated[float, typer.Option("--temp", help="Temperature; 0 is greedy.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random; request i samples with seed + i.")]
+Seed = Annotated[
+    int, typer.Option("--seed", help="Seed of everything random; of several prompts the i-th samples with seed + i.")
+]
 Threads = Annotated[int, typer.Option("--threads", help="CPU threads; 0: one per physical core.")]
 GpuLayers = Annotated[int, typer.Option("--gpu-layers", help="Layers on the GPU; -1: all.")]
 Slots = Annotated[int, typer.Option("--parallel", help="Slots served by one decode.")]
@@ -91,8 +93,13 @@ class SamplingOptions:
 
     temp: Temp = 0.0
     top_k: Annotated[int, typer.Option("--top-k", help="Sample from this many likeliest tokens; 0: all.")] = 40
-    top_p: Annotated[float, typer.Option("--top-p", help="... whose probabilities add up to this; 1: all.")] = 0.95
-    min_p: Annotated[float, typer.Option("--min-p", help="... at least this likely beside the likeliest.")] = 0.05
+    top_p: Annotated[
+        float,
+        typer.Option("--top-p", help="Sample from the likeliest tokens whose probabilities add up to this; 1: all."),
+    ] = 0.95
+    min_p: Annotated[
+        float, typer.Option("--min-p", help="Leave out tokens less likely than this share of the likeliest; 0: none.")
+    ] = 0.05
     seed: Seed = 0
 
     def sampling(self) -> Sampling:

@@ -18,7 +18,9 @@ def record(
     mode: Annotated[
         str, typer.Option("--mode", help="probe: drafts at every position; live: what --policy does.")
     ] = "probe",
-    policy: Annotated[str | None, typer.Option("--policy", help="The policy that decides; --mode live only.")] = None,
+    policy: Annotated[
+        str | None, typer.Option("--policy", metavar="POLICY", help="The policy that decides; --mode live only.")
+    ] = None,
     baseline: Annotated[
         bool | None,
         typer.Option(

@@ -16,6 +16,7 @@ def replay(
         list[str] | None,
         typer.Option(
             "--policy",
+            metavar="POLICIES",
             help="Policies; lists and ranges sweep: fallback:n_max=4,8,min_ratio=0.5..0.9/0.05; may be given again "
             "[default: off, fixed lengths and the fallback].",
         ),

@@ -12,7 +12,7 @@ from tracekit.cli import options, out
 def sql(
     trace: options.TraceArgument,
     query: Annotated[
-        str | None, typer.Argument(metavar="[QUERY]", help="SQL; without it, the schema is printed.")
+        str | None, typer.Argument(metavar="QUERY", help="SQL; without it, the schema is printed.")
     ] = None,
     json: options.Json = False,
 ) -> None:

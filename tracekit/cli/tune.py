@@ -13,13 +13,17 @@ from tracekit.cli import options, out
 def tune(
     trace: options.TraceArgument,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="The policy file to write (TOML).")
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="FILE", help="The policy file to write (TOML); without it nothing is written."
+        ),
     ] = None,
     max_slowdown: Annotated[
         float,
         typer.Option(
             "--max-slowdown",
-            help="No prompt category may be slower than no MTP by more than this, with 95 % confidence.",
+            help="No prompt category may be slower than no MTP by more than this fraction (0.02: 2 %), with 95 % "
+            "confidence.",
         ),
     ] = 0.02,
     space: Annotated[
@@ -27,8 +31,8 @@ def tune(
         typer.Option(
             "--space",
             metavar="FILE",
-            help='What to search, TOML, a table per policy: [static] n_max = "1..8/1" p_min = [0, 0.5] '
-            "[default: every shipped policy's].",
+            help="What to search: TOML, a table per policy (README.md has an example) [default: every shipped "
+            "policy's].",
         ),
     ] = None,
     cost: Annotated[

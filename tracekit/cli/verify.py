@@ -17,12 +17,12 @@ def verify(
         Path, typer.Argument(metavar="POLICY", help="The policy file that `tune` wrote, or a policy.")
     ],
     prompts: options.PromptsFile = "heldout",
-    trace: Annotated[
+    cost: Annotated[
         Path | None,
         typer.Option(
-            "--trace",
-            metavar="FILE",
-            help="Take the times from this trace instead of a probe of the prompts: does it still hold?",
+            "--cost",
+            metavar="TRACE",
+            help="Take the times from another trace, or a calibration, instead of a probe of the prompts.",
         ),
     ] = None,
     also: Annotated[
@@ -61,7 +61,7 @@ def verify(
     tuned = read(text)
     others = [p for text in also or [] for p in spec.parse(text)]
     loaded = load(prompts)
-    times = open_trace(trace) if trace else None
+    times = open_trace(cost) if cost else None
 
     from tracekit.engine.provenance import device_name
     from tracekit.engine.record import as_requests

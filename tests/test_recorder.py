@@ -326,6 +326,29 @@ def test_full_disk_stops_recording_and_nothing_else(models, tmp_path):
     assert open_trace(path).frame("SELECT count(*) AS n FROM verifications")["n"][0] > 100
 
 
+def test_disk_that_fills_up_at_the_end_is_told(models, tmp_path):
+    """Where the trace cannot be written back into its file the recording has failed and says so; its rows are in what
+    lies beside it, and back in the file once there is room.
+    """
+    path = tmp_path / "t.duckdb"
+    code = """
+        import logging, resource, sys
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+        logging.basicConfig(level=logging.ERROR, format="%(message)s")
+        from tracekit.engine import Engine, Settings
+        with Engine(sys.argv[1], "static:n_max=3", Settings(n_max=6, threads=1), trace=sys.argv[2]) as engine:
+            recorder = engine.recorder
+            engine.generate("import os", max_tokens=20)
+        print(bool(recorder.failed))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(models["plain"]), str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (result.returncode, result.stdout.strip()) == (0, "True"), result.stderr
+    assert result.stderr.count("recording into") == 1
+    assert open_trace(path).frame("SELECT count(*) AS n FROM request_ends")["n"][0] == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_one_bad_request_costs_the_trace_that_request(models, settings, tmp_path, caplog, monkeypatch):
     """A number that no column holds (the engine refuses those it knows of) is left out, once said so; every other
     request is there, and the run counts as complete.

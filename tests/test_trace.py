@@ -23,7 +23,7 @@ from tracekit.trace.files import Replaced, free_path
 from tracekit.trace.fold import batches, fold, storable
 from tracekit.trace.journal import LAYOUT, Journal, entries, journal_of
 from tracekit.trace.pending import Pending
-from tracekit.trace.store import open_trace
+from tracekit.trace.store import NoRun, open_trace
 from tracekit.trace.writer import TraceWriter, columns
 
 TABLES = {
@@ -152,6 +152,37 @@ def test_rows_that_cannot_be_stored_are_left_out_one_by_one():
     assert (entry.n_verifications, len(why)) == (1, 2)
 
 
+def test_rows_that_do_not_fit_on_the_disk_stay_in_the_journal(tmp_path):
+    """Where what was folded cannot be written back into the trace, the journal is not deleted, and a line says so."""
+    path, journal = _cut_off(tmp_path, _ROW)
+    code = f"""
+        import resource
+        from tracekit.trace.store import open_trace
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({path.stat().st_size}, {path.stat().st_size}))
+        open_trace({str(path)!r})
+    """
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert "cut off, and the last rows, in t.duckdb.journal, cannot be added" in result.stderr
+    assert journal.exists()
+    assert open_trace(path).frame("SELECT * FROM verifications").rows() == [tuple(_ROW)]
+
+
+def test_a_trace_has_its_run_or_nothing(tmp_path):
+    """A process that is killed while it makes a trace leaves no tables without a run."""
+    path = tmp_path / "t.duckdb"
+    code = f"""
+        import os
+        from tracekit.trace.writer import TraceWriter, columns
+        TraceWriter._insert = lambda *_: os._exit(0)
+        TraceWriter.create({str(path)!r}, dict.fromkeys(columns("runs")))
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+    with pytest.raises(NoRun, match="holds no run"):
+        open_trace(path)
+    with duckdb.connect(str(path)) as con:
+        assert con.execute("SELECT count(*) FROM information_schema.tables").fetchone() == (0,)
+
+
 def test_recording_that_cannot_be_completed_says_why(tmp_path, monkeypatch):
     """Where the trace cannot be written its rows stay in the journal, and one line says what to do."""
     path, journal = _cut_off(tmp_path, _ROW)
@@ -211,7 +242,7 @@ def test_journal_of_another_version_is_left_alone(tmp_path):
     journal.write_bytes(journal.read_bytes().replace(b"[%d, 0, " % LAYOUT, b"[2, 0, ", 1))
     with pytest.raises(TracekitError, match="another version of tracekit"):
         open_trace(path)
-    assert journal.exists()
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, journal.name}
 
 
 def test_trace_being_recorded_by_this_process_says_so(tmp_path):
@@ -363,6 +394,21 @@ def test_force_does_not_touch_what_another_process_records(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} >= {"t.duckdb", "t.duckdb.journal"}
     Replaced(path).remove()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "replaced"),
+    [("foreign database", False), ("foreign file", False), ("empty file", True), ("no run", True), ("truncated", True)],
+)
+def test_force_replaces_traces_only(tmp_path, kind, replaced):
+    """Another program's database is not touched; what may have been a trace, damaged or of nothing, is replaced."""
+    path = _file(tmp_path, kind)
+    if replaced:
+        Replaced(path).remove()
+    else:
+        with pytest.raises(TracekitError, match="not a trace; --force replaces traces only"):
+            Replaced(path)
+    assert path.exists() != replaced
 
 
 def test_what_is_replaced_can_be_opened_and_put_back(tmp_path):

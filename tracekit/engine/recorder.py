@@ -71,8 +71,7 @@ class Recorder:
     def _begin(self, run: Mapping[str, Any]) -> tuple[TraceWriter, Journal]:
         writer = None
         try:
-            writer = TraceWriter.create(self.path)
-            writer.append_run(run)
+            writer = TraceWriter.create(self.path, run)
             return writer, Journal(self.path)
         except BaseException:
             if writer is not None:

@@ -31,18 +31,24 @@ def held_by(error: duckdb.Error) -> str:
 
 
 def check_replaceable(trace: Path) -> None:
-    """Raise :class:`TracekitError` where ``trace`` is being recorded, or is another kind of file or a folder."""
+    """Raise :class:`TracekitError` where ``trace`` is being recorded, or is another kind of file (a database without
+    tables, or one that cannot be read, may have been a trace) or a folder.
+    """
     if trace.is_dir():
         raise TracekitError(f"{trace}: a folder; choose another name")
     if trace.is_file():
         with trace.open("rb") as file:
-            if (head := file.read(12)) and head[8:] != b"DUCK":
-                raise TracekitError(f"{trace}: not a trace; --force replaces traces only, choose another name")
+            ours = (head := file.read(12))[8:] == b"DUCK" or not head
         try:
-            duckdb.connect(str(trace), read_only=True).close()
+            if ours and head:
+                with duckdb.connect(str(trace), read_only=True) as con:
+                    tables = con.execute("SELECT table_name FROM information_schema.tables").fetchall()
+                    ours = ("runs",) in tables or not tables
         except duckdb.Error as error:
             if held := held_by(error):
                 raise TracekitError(f"{trace}: {held}") from None
+        if not ours:
+            raise TracekitError(f"{trace}: not a trace; --force replaces traces only, choose another name")
 
 
 def remove(trace: Path) -> None:
@@ -58,6 +64,13 @@ def delete(trace: Path) -> None:
     """Delete whatever there is of ``trace``, unasked. Raises ``OSError``."""
     for file in files_of(trace):
         file.unlink(missing_ok=True)
+
+
+def move(trace: Path, to: Path) -> None:
+    """Rename ``trace`` and what its recording has left beside it. Raises ``OSError``."""
+    for old, new in zip(files_of(trace), files_of(to), strict=True):
+        if old.exists():
+            old.rename(new)
 
 
 def free_path(wanted: str | Path) -> Path:
@@ -78,18 +91,12 @@ class Replaced:
         self._trace = trace
         self._kept = free_path(trace.with_stem(f"{trace.stem}-replaced"))
         check_replaceable(trace)
-        self._move(trace, self._kept)
+        move(trace, self._kept)
 
     def put_back(self) -> None:
         """Undo it: the place must be free."""
-        self._move(self._kept, self._trace)
+        move(self._kept, self._trace)
 
     def remove(self) -> None:
         """Delete it."""
         delete(self._kept)
-
-    @staticmethod
-    def _move(trace: Path, to: Path) -> None:
-        for old, new in zip(files_of(trace), files_of(to), strict=True):
-            if old.exists():
-                old.rename(new)

@@ -61,7 +61,7 @@ def finish(trace: Path) -> None:
             raise
         raise TracekitError(
             f"{trace}: its recording was cut off, and the last rows, in {journal_of(trace).name}, cannot be added "
-            f"({first_line(error)}); move both files to where they can be written, or "
+            f"({first_line(error)}); move the trace and what lies beside it to where they can be written, or "
             f"delete {journal_of(trace).name} to go without them"
         ) from None
 
@@ -69,8 +69,9 @@ def finish(trace: Path) -> None:
 def _mend(writer: TraceWriter) -> None:
     """Replace the journal by one of what can be stored of it. A process that is killed leaves the one or the other."""
     path, n_known = journal_of(writer.path), writer.n_rows(TABLES)
+    found = entries(path, n_known)  # before there is another journal: none is left where this one cannot be read
     mended = Journal(path, n_known)
-    for entry in entries(path, n_known):
+    for entry in found:
         kept, unfit = storable(entry)
         mended.append(kept)
         if unfit:

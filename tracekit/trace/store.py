@@ -46,6 +46,10 @@ class TraceFile:
         return "+".join(self.runs["trace_id"])
 
 
+class NoRun(TracekitError):
+    """A trace in which nothing is: its recording stopped before its first commit."""
+
+
 def recorded_with(trace: TraceFile, priced: TraceFile) -> dict[str, Any]:
     """What acceptance in ``trace`` and costs in ``priced`` depend on beside model and machine: the sampling of requests
     as far as all were sampled alike, and settings of the engine.
@@ -58,20 +62,23 @@ def recorded_with(trace: TraceFile, priced: TraceFile) -> dict[str, Any]:
 
 
 def open_trace(path: str | Path) -> TraceFile:
-    """The trace at ``path``, checked. Raises :class:`TracekitError` for what is no trace of this schema."""
+    """The trace at ``path``, checked. Raises :class:`TracekitError` for what is no trace of this schema, :class:`NoRun`
+    for one that holds nothing.
+    """
     trace = TraceFile(Path(path))
     with connect(trace.path) as con:
         tables = {row[0] for row in con.execute("SELECT table_name FROM information_schema.tables").fetchall()}
-        if "runs" not in tables:
+        if tables and "runs" not in tables:
             raise TracekitError(
                 f"{path}: a DuckDB file, but no trace (it has no table runs); `tracekit record` writes one"
             )
         try:
-            versions = {row[0] for row in con.execute("SELECT DISTINCT schema_version FROM runs").fetchall()}
+            query = "SELECT DISTINCT schema_version FROM runs"
+            versions = {row[0] for row in con.execute(query).fetchall()} if tables else set()
         except duckdb.Error as error:
             raise TracekitError(f"{path}: {_reason(str(error))}") from None
     if not versions:
-        raise TracekitError(f"{path}: holds no run; the recording stopped before its first commit; record again")
+        raise NoRun(f"{path}: holds no run; the recording stopped before its first commit; record again")
     if versions != {schema.VERSION}:
         other = ", ".join(str(v) for v in sorted(versions - {schema.VERSION}))
         raise TracekitError(
@@ -91,7 +98,7 @@ def connect(path: Path) -> duckdb.DuckDBPyConnection:
     with path.open("rb") as file:
         head = file.read(12)
     if head[8:12] != b"DUCK":
-        raise TracekitError(f"{path}: not a DuckDB file" + (" (it is empty)" if not head else ""))
+        raise (TracekitError if head else NoRun)(f"{path}: not a DuckDB file" + ("" if head else " (it is empty)"))
     late = time.monotonic() + PATIENCE_S
     while True:
         try:

@@ -50,6 +50,10 @@ def _transposed(table: str, rows: Sequence[tuple]) -> pa.Table:
     return pa.Table.from_arrays(arrays, list(kinds))
 
 
+def _plain(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, Mapping) else value
+
+
 class Taken(TracekitError):
     """A trace, or something that a recording has left, is where a new trace should be."""
 
@@ -70,16 +74,23 @@ class TraceWriter:
         self._con.execute("PRAGMA disable_optimizer")  # a plain insert has nothing to optimise
 
     @classmethod
-    def create(cls, path: str | Path) -> TraceWriter:
-        """A new trace. Raises :class:`Taken` where ``path`` exists or is being recorded (what another recording left
-        beside it counts too), :class:`TracekitError` where it cannot be written.
+    def create(cls, path: str | Path, run: Mapping[str, Any] | None = None) -> TraceWriter:
+        """A new trace, with ``run`` its provenance row (``settings`` and ``machine`` may be mappings).
+
+        Raises :class:`Taken` where ``path`` exists or is being recorded (what another recording left beside it counts
+        too), :class:`TracekitError` where it cannot be written, ``KeyError`` for a column that ``run`` has not.
         """
         path = Path(path)
         check_free(path)
+        rows = [] if run is None else [tuple(_plain(run[name]) for name in columns("runs"))]
         writer = None
         try:
             writer = cls(path)
+            writer._con.begin()  # a process that is killed leaves tables with their run, or nothing
             writer._con.execute(schema.TABLES + schema.VIEWS)
+            if rows:
+                writer._insert("runs", _transposed("runs", rows))
+            writer._con.commit()
         except (duckdb.Error, OSError) as error:
             if writer is not None:
                 writer.discard()
@@ -110,20 +121,16 @@ class TraceWriter:
         """DuckDB finds ``batch`` by its name: registering it would take as long again as inserting it."""
         self._con.execute(f"INSERT INTO {table} FROM batch")
 
-    def append_run(self, run: Mapping[str, Any]) -> None:
-        """Append the provenance row; ``settings`` and ``machine`` may be mappings. Raises ``KeyError`` for a missing
-        column.
-        """
-        names = columns("runs")
-        row = tuple(json.dumps(run[n]) if isinstance(run[n], Mapping) else run[n] for n in names)
-        self.append({"runs": [row]})
-
     def close(self) -> None:
-        """Write the log back into the file and let go of it."""
-        self._con.close()
+        """Write the log back into the file and let go of it. Raises ``duckdb.Error`` where it cannot be written back:
+        then the rows stay in the log.
+        """
+        try:
+            self._con.execute("CHECKPOINT")  # closing would not say that the disk is full
+        finally:
+            self._con.close()
 
     def discard(self) -> None:
         """Close it and delete it: nothing came of it. Raises ``OSError``."""
-        with contextlib.suppress(duckdb.Error):  # what cannot be written back need not be
-            self.close()
+        self._con.close()
         delete(self.path)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import duckdb
 import pytest
 
 from tracekit import campaign
@@ -124,6 +125,27 @@ def test_a_study_that_was_interrupted_records_anew(models, settings, tmp_path):
     with recording(QUIET, "tokens", study.model, settings=study.settings, trace=trace) as (engine, _):
         engine.generate("import", max_tokens=8)
     assert complete(trace)
+
+
+def test_what_a_cut_off_recording_left_stays_together(engine, tmp_path):
+    """DuckDB's log, where it holds what the trace has not, is set aside with it."""
+    trace = tmp_path / "s.duckdb"
+    writer = TraceWriter.create(trace, facts_of(engine))
+    writer._con.execute("PRAGMA disable_checkpoint_on_shutdown")  # as if the process had been killed
+    writer._con.close()
+    assert not complete(trace)
+    assert {p.name for p in tmp_path.iterdir()} == {"s-cut-off.duckdb", "s-cut-off.duckdb.wal"}
+    assert open_trace(tmp_path / "s-cut-off.duckdb").runs.height == 1
+
+
+@pytest.mark.parametrize(
+    "make", [Path.touch, lambda path: duckdb.connect(path).close(), lambda path: TraceWriter.create(path).close()]
+)
+def test_a_trace_that_was_hardly_begun_is_recorded_anew(tmp_path, make):
+    """A file that a killed process left empty, without tables or without a run, is set aside as any other cut off."""
+    make(tmp_path / "s.duckdb")
+    assert not complete(tmp_path / "s.duckdb")
+    assert [p.name for p in tmp_path.iterdir()] == ["s-cut-off.duckdb"]
 
 
 def test_a_recording_that_fails_stops_a_study(models, settings, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from tracekit.policy import file
 from tracekit.policy.file import PolicyFile
 from tracekit.replay.league import League
 from tracekit.trace import files
-from tracekit.trace.store import open_trace
+from tracekit.trace.store import NoRun, open_trace
 from tracekit.tune.evidence import tune
 from tracekit.verify import Verdict, standard_arms, verify
 
@@ -140,10 +140,12 @@ def complete(trace: Path) -> bool:
     """Whether ``trace`` was recorded to its end; what is left of one that was not, and what was made of it, is kept
     under another name.
     """
-    if trace.exists() and open_trace(trace).runs["wall_us"].is_not_null().all():
-        return True
+    with suppress(NoRun):
+        if trace.exists() and open_trace(trace).runs["wall_us"].is_not_null().all():
+            return True
     kept = files.free_path(trace.with_stem(f"{trace.stem}-cut-off"))
-    for ending in ENDINGS:
+    files.move(trace, kept)
+    for ending in ENDINGS[1:]:
         old = trace.with_suffix(f".{ending}")
         if old.exists():
             old.rename(kept.with_suffix(f".{ending}"))

@@ -180,24 +180,47 @@ def test_models_of_another_seed_or_source_have_another_name(tmp_path, monkeypatc
     assert len(list(tmp_path.glob("*.gguf"))) == 8
 
 
-def test_force_empties_a_campaigns_folder_of_traces_and_what_lies_beside_them(tmp_path):
-    """Journals and logs go too, even those whose trace was moved; a trace being recorded is refused and stays, and all
-    of it where the plan cannot run here."""
-    left = {"a.duckdb", "a.duckdb.wal", "b-1.5.duckdb.journal", "a.toml", "notes.md"}
+def test_force_empties_a_folder_of_what_its_campaign_left_and_nothing_else(tmp_path):
+    """Journals and logs go too, even those whose trace was moved, and what another plan's sizes made; a trace being
+    recorded is refused and all stays, also where the plan cannot run here.
+    """
+    mine = {"notes.md", "tiny.toml", "paper.png", "pyproject.toml", "tiny-aligned-again.json", "b-aligned.duckdb"}
+    made = {"tiny-aligned.duckdb", "tiny-aligned.duckdb.wal", "tiny-misaligned-2-slots.toml", "verdict.png"} | {
+        "1.5b-calibration.duckdb.journal", "tiny-live-aligned-static-n-max-2-2x512.duckdb", "environment.json.partial",
+        "tiny-aligned-cut-off-2.duckdb", "tiny-aligned-cut-off-2.duckdb.journal.journal", "tables.txt",
+    }  # fmt: skip  # what a campaign leaves
+    left = mine | made | {"plan.toml"}
     for name in left:
         (tmp_path / name).touch()
+    (tmp_path / "plan.toml").write_text('sizes = [{name = "tiny"}, {name = "1.5b"}]')
     if not lib.has_gpu():
         with pytest.raises(TracekitError, match="sees no GPU"):
             campaign.Campaign(read_plan("cuda")[0], tmp_path, tmp_path, QUIET).open("plan", force=True)
         assert {p.name for p in tmp_path.iterdir()} == left
     smoke = campaign.Campaign(read_plan("smoke")[0], tmp_path, tmp_path, QUIET)
-    smoke.open("plan", force=True)
-    assert {p.name for p in tmp_path.iterdir()} == {"plan.toml", "notes.md"}
-    writer = TraceWriter.create(tmp_path / "a.duckdb")
-    with pytest.raises(TracekitError, match=r"a\.duckdb: being written by this process"):
-        smoke.open("plan", force=True)
+    text = (PLANS / "smoke.toml").read_text()
+    smoke.open(text, force=True)
+    assert {p.name for p in tmp_path.iterdir()} == mine | {"plan.toml"}
+    assert smoke.files == [tmp_path / "plan.toml"]
+    writer = TraceWriter.create(tmp_path / "tiny-misaligned.duckdb")
+    (tmp_path / "tiny-aligned.duckdb").touch()
+    with pytest.raises(TracekitError, match=r"tiny-misaligned\.duckdb: being written by this process"):
+        smoke.open(text, force=True)
     writer.close()
-    assert (tmp_path / "a.duckdb").exists()
+    assert all((tmp_path / f"tiny-{head}.duckdb").exists() for head in ("aligned", "misaligned"))
+
+
+@pytest.mark.parametrize("plan", [None, "", "sizes = 3", "[[sizes]]\nlayers = 2", "no TOML"])
+def test_force_is_for_the_folder_of_a_campaign(tmp_path, plan):
+    """A folder that holds something, and no plan of a campaign, is refused and left as it is: one line, exit code 2."""
+    (tmp_path / "tables.txt").write_text("mine")
+    if plan is not None:
+        (tmp_path / "plan.toml").write_text(plan)
+    result = run("smoke", "-o", tmp_path, "--models", tmp_path / "models", "--force", code=2)
+    assert "neither empty nor of a campaign" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert (tmp_path / "tables.txt").read_text() == "mine"
+    assert not (tmp_path / "models").exists()
 
 
 def test_environment_says_where_the_model_lies(models):

@@ -33,6 +33,9 @@ from tracekit.study import Finding, Study, Teller, Workload, complete, conduct, 
 
 PLANS = Path(__file__).parent / "plans"
 KEPT = (".duckdb", ".json", ".png", ".toml", ".txt")
+_STAGES = r"(?:mis)?aligned(?:-\d+-slots)?|calibration|live-(?:mis)?aligned-[a-z0-9.-]+-\d+x\d+"
+_TOLD = r"plan\.toml|environment\.json|tables\.txt|(?:\.partial-)?verdict\.png"
+_TIMED = r"(?:backend_sampling|overhead)\.(?:txt|partial)"  # by benchmarks/cuda.sh
 MOST_BYTES = 16_000_000  # of a trace, to be carried
 HELD_OUT = SETS["heldout"]  # prompts of every category; over several slots, one for each slot at least
 
@@ -128,6 +131,22 @@ def read_plan(name_or_path: str) -> tuple[Plan, str]:
         raise TracekitError(f"{path}: {key}{found}: {first['msg'].lower()}") from None
 
 
+def _names(folder: Path) -> re.Pattern[str]:
+    """What a campaign names the files that it leaves in ``folder``; group 1: which study or recording one is of.
+
+    The sizes are those of the ``plan.toml`` there, of any version. Raises :class:`TracekitError` where there is none.
+    """
+    try:
+        plan = tomllib.loads((folder / "plan.toml").read_text("utf-8"))
+        sizes = "|".join(re.escape(size["name"]) for size in plan["sizes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise TracekitError(
+            f"{folder}: neither empty nor of a campaign (no plan.toml); choose another folder with -o"
+        ) from None
+    made = rf"((?:{sizes})-(?:{_STAGES})(?:-cut-off(?:-\d+)?)?)\.(?:duckdb(?:\.wal|\.journal)*|toml|json)"
+    return re.compile(rf"(?:{made}|{_TOLD}|{_TIMED})(?:\.partial)?")
+
+
 @dataclass(frozen=True)
 class Campaign:
     """A plan under way in ``folder``; big models in ``models``. ``minutes`` 0: as long as it takes."""
@@ -142,23 +161,24 @@ class Campaign:
     started_s: float = 0.0
 
     def open(self, text: str, force: bool = False) -> None:
-        """Make the folders ready for the plan with this text: new, emptied with ``force``, or as the same plan left
-        them. Raises :class:`TracekitError` for a folder of something else, and where the GPU that is needed is missing.
+        """Make the folders ready for the plan with this text: new, as the same plan left them, or with ``force``
+        without what a campaign of any plan left. Raises :class:`TracekitError` for a folder of something else, and
+        where the GPU that is needed is missing.
         """
         folder, path = self.folder, self.folder / "plan.toml"
         used = folder.exists() and any(folder.iterdir())
-        if used and not force and not (path.is_file() and path.read_text("utf-8") == text):
+        names = _names(folder) if used else None
+        if used and not force and not (path.is_file() and path.read_bytes() == text.encode()):
             raise TracekitError(
                 f"{folder}: not of a campaign with this plan; choose another folder with -o, or give --force"
             )
         if self.plan.require_gpu:
             demand_gpu(surroundings())  # before anything is deleted, or gigabytes are written
         if used and force:
-            for trace in {old.name.partition(".duckdb")[0] for old in folder.glob("*.duckdb*")}:
-                remove(folder, trace)
-            for old in folder.iterdir():
-                if old.suffix in KEPT:
-                    old.unlink()
+            left = {old: match for old in folder.iterdir() if (match := names.fullmatch(old.name))}
+            remove(folder, {match[1] for match in left.values() if match[1]})
+            for old in left.keys() - {path}:  # the plan is overwritten: it tells what is a campaign's
+                old.unlink(missing_ok=True)
         for made in (folder, self.models):
             made.mkdir(parents=True, exist_ok=True)
         path.write_text(text, "utf-8")
@@ -184,7 +204,8 @@ class Campaign:
     @property
     def files(self) -> list[Path]:
         """What there is to bring home, by name."""
-        return sorted(p for p in self.folder.iterdir() if p.suffix in KEPT)
+        names = _names(self.folder)
+        return sorted(p for p in self.folder.iterdir() if p.suffix in KEPT and names.fullmatch(p.name))
 
     def _may_go_on(self) -> None:
         if self.minutes and time.monotonic() - self.started_s > 60 * self.minutes:

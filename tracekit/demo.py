@@ -70,8 +70,8 @@ def _open(folder: Path, plan: Plan, force: bool, resume: bool) -> None:
             raise TracekitError(f"{folder}: not of a demo with these options; give those it began with, or --force")
         return
     folder.mkdir(parents=True, exist_ok=True)
+    remove(folder, HEADS)
     for name in HEADS:
-        remove(folder, name)
         (folder / f"{name}.gguf").unlink(missing_ok=True)
     path.write_text(_text(plan))
 

@@ -7,7 +7,7 @@ A study that was stopped goes on with the first stage whose file is missing: ``N
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,9 +152,14 @@ def complete(trace: Path) -> bool:
     return False
 
 
-def remove(folder: Path, name: str) -> None:
-    """Delete what a study has left in ``folder``. Raises :class:`TracekitError` while its trace is recorded."""
-    trace = folder / f"{name}.duckdb"
-    files.remove(trace)
-    for ending in ENDINGS:
-        trace.with_suffix(f".{ending}").unlink(missing_ok=True)
+def remove(folder: Path, names: Iterable[str]) -> None:
+    """Delete what studies of these names have left in ``folder``. Raises :class:`TracekitError`, and deletes nothing,
+    where one of their traces is being recorded, or is no trace.
+    """
+    traces = [folder / f"{name}.duckdb" for name in names]
+    for trace in traces:
+        files.check_replaceable(trace)
+    for trace in traces:
+        files.delete(trace)
+        for ending in ENDINGS[1:]:
+            trace.with_suffix(f".{ending}").unlink(missing_ok=True)

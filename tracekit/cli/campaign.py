@@ -30,7 +30,9 @@ def campaign(
     ] = 0.0,
     gpu_layers: options.GpuLayers = -1,
     threads: options.Threads = 0,
-    force: options.Force = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Start again: delete what the folder's earlier campaign left.")
+    ] = False,
     json: options.Json = False,
 ) -> None:
     """Build models of production-like sizes here, calibrate, record, tune and verify them; leaves one small folder."""

@@ -51,17 +51,8 @@ def check_replaceable(trace: Path) -> None:
             raise TracekitError(f"{trace}: not a trace; --force replaces traces only, choose another name")
 
 
-def remove(trace: Path) -> None:
-    """Delete ``trace`` and what its recording has left beside it, where there is anything.
-
-    Raises as :func:`check_replaceable` does, and ``OSError`` where it cannot be deleted.
-    """
-    check_replaceable(trace)
-    delete(trace)
-
-
 def delete(trace: Path) -> None:
-    """Delete whatever there is of ``trace``, unasked. Raises ``OSError``."""
+    """Delete ``trace`` and what its recording has left beside it, unasked. Raises ``OSError``."""
     for file in files_of(trace):
         file.unlink(missing_ok=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -17,7 +18,8 @@ import pytest
 
 from tracekit import campaign
 from tracekit.campaign import PLANS, read_plan, shipped_plans
-from tracekit.cli.campaign import _sum_up
+from tracekit.cli.campaign import _draw
+from tracekit.cli.campaign import campaign as verb
 from tracekit.engine import Engine, lib
 from tracekit.engine.doctor import demand_gpu, examine, surroundings
 from tracekit.engine.gpu import GpuSensors, gpus
@@ -355,15 +357,44 @@ def test_wheels_are_sorted_into_trips(tmp_path):
     assert "a-1-py3-none-any.whl: 1 MB, but a trip takes 0.5" in result.stderr
 
 
-def test_a_campaign_without_vl_convert_has_its_tables(tmp_path, monkeypatch, capsys):
-    """Where the package that draws was not carried, the tables are written and the picture is left out, in a line."""
-    traces = Path(__file__).parent.parent / "traces" / "h200"
-    finding = Finding("8b", file.read(traces / "8b-aligned.toml"), Verdict.load(traces / "8b-aligned.json"))
+H200 = Path(__file__).parent.parent / "traces" / "h200"
+
+
+def _finding():
+    return Finding("8b", file.read(H200 / "8b-aligned.toml"), Verdict.load(H200 / "8b-aligned.json"))
+
+
+def test_a_finished_study_needs_no_model(tmp_path, monkeypatch):
+    """What a study came to is read from its files: gigabytes are not written again to print a table."""
+    monkeypatch.setattr(campaign, "build", None)
+    for ending in ("duckdb", "toml", "json"):
+        shutil.copy(H200 / f"8b-aligned.{ending}", tmp_path / f"tiny-aligned.{ending}")
+    plan = read_plan("smoke")[0]
+    found = campaign.Campaign(plan, tmp_path, tmp_path / "models", QUIET)._study(plan.sizes[0], "aligned")
+    assert found.verdict.as_json() == _finding().verdict.as_json()
+
+
+def test_a_campaign_that_ends_in_an_error_has_its_tables(tmp_path, monkeypatch):
+    """The tables of each study are written when it is done, whatever becomes of the next."""
+
+    def cut_short(_):
+        yield _finding()
+        raise TracekitError("disk full")
+
+    monkeypatch.setattr(campaign.Campaign, "run", cut_short)
+    with pytest.raises(TracekitError, match="disk full"):
+        verb("smoke", tmp_path / "out", tmp_path / "models")
+    assert "8b" in (tmp_path / "out" / "tables.txt").read_text()
+
+
+def test_a_campaign_without_vl_convert_has_no_picture(tmp_path, monkeypatch, capsys):
+    """Where the package that draws was not carried, the picture is left out, in a line."""
+    finding = _finding()
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "vl_convert" else find_spec(name))
-    _sum_up([finding], tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["tables.txt"]
+    _draw([finding], tmp_path)
+    assert list(tmp_path.iterdir()) == []
     assert "no picture" in capsys.readouterr().err
     monkeypatch.undo()
-    _sum_up([finding], tmp_path)
+    _draw([finding], tmp_path)
     assert (tmp_path / "verdict.png").read_bytes()[:4] == b"\x89PNG"

@@ -29,7 +29,7 @@ from tracekit.errors import TracekitError
 from tracekit.model.build import REFERENCE, build
 from tracekit.model.prompt_sets import SETS
 from tracekit.policy.spec import parse_one
-from tracekit.study import Finding, Study, Teller, Workload, complete, conduct, recording, remove
+from tracekit.study import Finding, Study, Teller, Workload, complete, conduct, kept, recording, remove
 
 PLANS = Path(__file__).parent / "plans"
 KEPT = (".duckdb", ".json", ".png", ".toml", ".txt")
@@ -255,6 +255,8 @@ class Campaign:
 
     def _study(self, size: Size, head: str, slots: int = 1) -> Finding:
         name = f"{size.name}-{head}" + (f"-{slots}-slots" if slots > 1 else "")
+        if found := kept(self.folder, name):  # no model is needed
+            return found
         settings = self._settings(size, n_slots=slots, kv_unified=slots > 1)
         study = Study(self.folder, name, *self._ready(size, head), settings, self.plan.workload(slots))
         finding = conduct(study, self.tell, self._may_go_on)

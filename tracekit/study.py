@@ -117,6 +117,14 @@ def conduct(study: Study, tell: Teller, may_go_on: Callable[[], None] = lambda: 
     return Finding(study.name, tuned, Verdict.load(result))
 
 
+def kept(folder: Path, name: str) -> Finding | None:
+    """What the study ``name`` came to, where all its files are in ``folder``."""
+    trace, policy, result = (folder / f"{name}.{ending}" for ending in ENDINGS)
+    if complete(trace) and policy.exists() and result.exists():
+        return Finding(name, file.read(policy), Verdict.load(result))
+    return None
+
+
 @contextmanager
 def recording(
     tell: Teller, what: str, *made: Any, **options: Any

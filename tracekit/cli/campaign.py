@@ -55,12 +55,13 @@ def campaign(
     try:
         for finding in under_way.run():
             findings.append(finding)
+            _tabulate(findings, output)  # now, as a campaign may be killed
             if not json:
                 out.print_finding(finding, finding.name)
     except Pause:
         paused = True
     if findings:
-        _sum_up(findings, output)
+        _draw(findings, output)
     if json:
         out.print_json([out.finding_json(finding) for finding in findings])
     for path in under_way.files:
@@ -70,17 +71,21 @@ def campaign(
         raise typer.Exit(AGAIN)
 
 
-def _sum_up(findings: list[Finding], folder: Path) -> None:
-    """Write the tables of all ``findings`` and a picture of them into ``folder``."""
+def _tabulate(findings: list[Finding], folder: Path) -> None:
+    """Write the tables of all ``findings`` into ``folder``."""
+    with (folder / "tables.txt").open("w", encoding="utf-8") as file:
+        for finding in findings:
+            out.print_finding(finding, finding.name, file)
+
+
+def _draw(findings: list[Finding], folder: Path) -> None:
+    """Draw all ``findings`` in one picture into ``folder``."""
     from importlib.util import find_spec
 
     import polars as pl
 
     from tracekit.report import pictures
 
-    with (folder / "tables.txt").open("w", encoding="utf-8") as file:
-        for finding in findings:
-            out.print_finding(finding, finding.name, file)
     if find_spec("vl_convert") is None:  # 22 MB that need not be carried to a machine without a network
         out.say("no picture of the verdicts: vl-convert-python is not installed")
         return

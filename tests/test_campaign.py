@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -305,16 +306,46 @@ def test_shipped_plans_are_whole(name):
         (lambda text: text.replace("n_max = 3", 'n_max = "three"', 1), "n_max"),
         (lambda text: text.replace("about", "about about", 1), "not TOML"),
         (lambda text: text.replace('tiny"', 'tiny"\nsource = "none.gguf"'), "source = none.gguf: path"),
+        (lambda text: text.replace('"f32"', '"f8"'), "sizes.0.type = f8: input should be 'f16' or 'f32'"),
+        (lambda text: text.replace("static:", "statik:"), "live.0.policy = statik:n_max=2: "),
+        (lambda text: text.replace("n_max=2", "n_max=1,2"), "live.0.policy = static:n_max=1,2: "),
+        (
+            lambda text: text.replace("n_max=2", "n_max=4"),
+            "live.0.policy = static:n_max=4: more drafts than the plan's",
+        ),
+        (lambda text: text.replace("n_max = 3", "n_max = 300"), "n_max = 300: "),
+        (lambda text: text.replace("[1, 2]", "[1, 200]"), "calibrate: n_batch 512 cannot verify"),
+        (lambda text: text.replace("steps = 2", "steps = 1"), "calibrate: steps 1: 2 or more"),
+        (lambda text: text.replace("slots = 2", "slots = 0"), "live.0.slots = 0, context = 512: n_slots 0: 1 or more"),
+        (
+            lambda text: text.replace("context = 300", "context = 24"),
+            "live.1.context = 24: no room for max_tokens = 24",
+        ),
+        (lambda text: text.replace("repeats = 1", "repeats = 0"), "repeats = 0: input should be greater"),
+        (
+            lambda text: text.replace("[calibrate]", '[[sizes]]\nname = "tiny"\nwidth = 256\nlayers = 7\n[calibrate]'),
+            "sizes: tiny is there twice",
+        ),
     ],
 )
 def test_bad_plans_get_one_line(tmp_path, edit, message):
-    """An unknown key, a wrong type, no TOML, a source that is not there: one line that names it, exit code 2, and no
-    folder made.
+    """An unknown key, a wrong type, no TOML, a source that is not there, what a later stage could not run: one line
+    that names it.
     """
     path = tmp_path / "plan.toml"
     path.write_text(edit((PLANS / "smoke.toml").read_text()))
+    with pytest.raises(TracekitError, match=re.escape(message)) as error:
+        read_plan(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_bad_plan_ends_a_campaign_before_it_begins(tmp_path):
+    """One line, exit code 2, and no folder made; nor for a plan that is not there, or a file in the folder's place."""
+    path = tmp_path / "plan.toml"
+    path.write_text((PLANS / "smoke.toml").read_text().replace("static:", "statik:"))
     result = run(path, "-o", tmp_path / "out", code=2)
-    assert message in result.stderr
+    assert "live.0.policy = statik:n_max=2" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
     assert "no such plan" in run("nothing", "-o", tmp_path / "out", code=2).stderr
     assert "choose other folders" in run("smoke", "-o", path, code=2).stderr  # a file, not a folder

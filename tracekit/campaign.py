@@ -14,11 +14,12 @@ import re
 import time
 import tomllib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FilePath, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FilePath, ValidationError, field_validator, model_validator
 
 from tracekit.engine import Engine, Request, Settings
 from tracekit.engine import calibrate as surface
@@ -44,6 +45,15 @@ class Pause(Exception):
     """The time a campaign was given is up; the same command goes on."""
 
 
+@contextmanager
+def _refused(where: str = "") -> Iterator[None]:
+    """What is refused within is wrong with the plan, ``where``."""
+    try:
+        yield
+    except TracekitError as error:
+        raise ValueError(f"{where}{str(error).removeprefix('--')}") from None
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -54,9 +64,9 @@ class Size(_Strict):
     """
 
     name: str = Field(pattern=r"^[a-z0-9.]+$")
-    layers: int
-    width: int
-    type: str = "f16"
+    layers: int = Field(ge=1)
+    width: int = Field(ge=1)
+    type: Literal["f16", "f32"] = "f16"
     source: FilePath = REFERENCE
 
 
@@ -69,6 +79,16 @@ class Surface(_Strict):
     steps: int
     blocks: int
 
+    @property
+    def plan(self) -> surface.Plan:
+        """For the engine. Raises :class:`TracekitError` for what cannot be measured."""
+        return surface.Plan(**self.model_dump())
+
+    def settings(self, base: Settings) -> Settings:
+        """``base`` with room for it. Raises :class:`TracekitError` as :attr:`plan` does."""
+        plan = self.plan
+        return replace(base, n_slots=plan.slots[-1], n_max=plan.n_max, n_ctx=plan.n_ctx(base.n_batch))
+
 
 class Live(_Strict):
     """One live recording: ``slots`` at once, each prompt led up to a context of ``context`` tokens."""
@@ -77,6 +97,13 @@ class Live(_Strict):
     slots: int
     context: int
     head: str = Field("aligned", pattern="^(mis)?aligned$")
+
+    @field_validator("policy")
+    @classmethod
+    def _is_one(cls, policy: str) -> str:
+        with _refused():
+            parse_one(policy)
+        return policy
 
     @property
     def name(self) -> str:
@@ -93,15 +120,38 @@ class Plan(_Strict):
     about: str
     require_gpu: bool
     n_max: int
-    max_tokens: int
-    temp: float
-    prompts: int
-    repeats: int
-    seed: int
+    max_tokens: int = Field(ge=1)
+    temp: float = Field(ge=0, le=100)
+    prompts: int = Field(ge=0)
+    repeats: int = Field(ge=1)
+    seed: int = Field(ge=0, lt=1 << 31)
     parallel: tuple[Annotated[int, Field(ge=2, le=sum(HELD_OUT.values()))], ...] = ()
-    sizes: tuple[Size, ...]
+    sizes: tuple[Size, ...] = Field(min_length=1)
     calibrate: Surface
     live: tuple[Live, ...]
+
+    @model_validator(mode="after")
+    def _can_run(self) -> Plan:
+        """What the engine would refuse is refused before anything runs, not at the stage that needs it, hours later."""
+        for key, named in (("sizes", self.sizes), ("live", self.live)):
+            names = [each.name for each in named]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"{key}: {twice[0]} is there twice")
+        with _refused(f"n_max = {self.n_max}: "):
+            base = Settings(n_max=self.n_max)
+        for slots in self.parallel:
+            with _refused(f"parallel = {slots}: "):
+                replace(base, n_slots=slots)
+        with _refused("calibrate: "):
+            self.calibrate.settings(base)
+        for i, live in enumerate(self.live):
+            with _refused(f"live.{i}.slots = {live.slots}, context = {live.context}: "):
+                replace(base, n_slots=live.slots, n_ctx=live.context)
+            if getattr(parse_one(live.policy).params, "n_max", 0) > self.n_max:
+                raise ValueError(f"live.{i}.policy = {live.policy}: more drafts than the plan's n_max = {self.n_max}")
+            if live.context <= self.max_tokens:
+                raise ValueError(f"live.{i}.context = {live.context}: no room for max_tokens = {self.max_tokens}")
+        return self
 
     def workload(self, n_slots: int = 1) -> Workload:
         """What a study over ``n_slots`` generates: enough to record a wave, and to verify with every slot in use."""
@@ -128,7 +178,9 @@ def read_plan(name_or_path: str) -> tuple[Plan, str]:
         first = error.errors()[0]
         key, given = ".".join(map(str, first["loc"])), first["input"]
         found = f" = {given}" if isinstance(given, str | int | float) else ""
-        raise TracekitError(f"{path}: {key}{found}: {first['msg'].lower()}") from None
+        why = first["msg"].removeprefix("Value error, ")
+        where = f"{key}{found}: " if key else ""  # what is wrong with several keys together names them
+        raise TracekitError(f"{path}: {where}{why[:1].lower()}{why[1:]}") from None
 
 
 def _names(folder: Path) -> re.Pattern[str]:
@@ -269,12 +321,11 @@ class Campaign:
             return
         self._may_go_on()
         model, _ = self._ready(size, "aligned")
-        plan = surface.Plan(**self.plan.calibrate.model_dump())
+        plan = self.plan.calibrate.plan
         self.tell.say(
             f"[{size.name}] calibrating: slots {plan.slots}, contexts {plan.contexts}, up to {plan.n_max} drafts"
         )
-        base = self._settings(size)
-        settings = replace(base, n_slots=plan.slots[-1], n_max=plan.n_max, n_ctx=plan.n_ctx(base.n_batch))
+        settings = self.plan.calibrate.settings(self._settings(size))
         sweep = surface.Sweep(plan.n_max, self.plan.seed)
         with recording(self.tell, "decodes", model, None, settings, trace=path, probe=sweep) as (engine, update):
             surface.calibrate(engine, sweep, plan, progress=update)

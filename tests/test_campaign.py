@@ -92,6 +92,9 @@ def test_a_campaign_goes_on_where_it_stopped(tmp_path):
     assert "tiny-aligned" in cut_short.stdout
     assert "tiny-misaligned" not in cut_short.stdout
     assert "not of a campaign with this plan" in run("cuda", *options, code=2).stderr
+    other = run("smoke", "-o", folder, "--models", models, "--threads", 2, code=2)
+    assert "the campaign began with threads 1, here it would go on with 2" in other.stderr
+    assert len(other.stderr.splitlines()) == 1
 
 
 @contextmanager
@@ -416,6 +419,38 @@ def test_a_campaign_that_ends_in_an_error_has_its_tables(tmp_path, monkeypatch):
     with pytest.raises(TracekitError, match="disk full"):
         verb("smoke", tmp_path / "out", tmp_path / "models")
     assert "8b" in (tmp_path / "out" / "tables.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"gpu_layers": 3}, "began with gpu_layers 3, here it would go on with -1; choose another folder"),
+        ({"devices": [{"name": "CUDA0", "description": "H200"}]}, r"began with devices CUDA0 \(H200\), here .* CPU"),
+        ({"llama_cpp": "another"}, "began with llama_cpp another, "),
+        ({"models": 3}, r"environment.json: not JSON, or not of a campaign .*; remove it"),
+        ({"machine": {"system": "Linux, a kernel later"}}, None),
+    ],
+)
+def test_a_campaign_goes_on_where_it_began(tmp_path, edit, message):
+    """Another machine, build or number of layers on the GPU is refused with a line that names it: timings of both would
+    be mixed. Files of campaigns that noted less are read.
+    """
+    text = (PLANS / "smoke.toml").read_text()
+    begun = campaign.Campaign(read_plan("smoke")[0], tmp_path / "out", tmp_path / "models", QUIET)
+    begun.open(text)
+    path = tmp_path / "out" / "environment.json"
+    path.write_text(json.dumps(surroundings() | {"models": {}}))
+    begun.open(text)
+    path.write_text(json.dumps(begun._environment() | edit))
+    if message is None:
+        begun.open(text)
+        return
+    with pytest.raises(TracekitError, match=message) as error:
+        begun.open(text)
+    assert "\n" not in str(error.value)
+    if "models" not in edit:
+        begun.open(text, force=True)
+        assert [p.name for p in (tmp_path / "out").iterdir()] == ["plan.toml"]
 
 
 def test_a_campaign_without_vl_convert_has_no_picture(tmp_path, monkeypatch, capsys):

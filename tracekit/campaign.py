@@ -37,6 +37,7 @@ KEPT = (".duckdb", ".json", ".png", ".toml", ".txt")
 _STAGES = r"(?:mis)?aligned(?:-\d+-slots)?|calibration|live-(?:mis)?aligned-[a-z0-9.-]+-\d+x\d+"
 _TOLD = r"plan\.toml|environment\.json|tables\.txt|(?:\.partial-)?verdict\.png"
 _TIMED = r"(?:backend_sampling|overhead)\.(?:txt|partial)"  # by benchmarks/cuda.sh
+_SAME = "threads", "gpu_layers", "llama_cpp"  # and devices: what timings depend on
 MOST_BYTES = 16_000_000  # of a trace, to be carried
 HELD_OUT = SETS["heldout"]  # prompts of every category; over several slots, one for each slot at least
 
@@ -199,6 +200,10 @@ def _names(folder: Path) -> re.Pattern[str]:
     return re.compile(rf"(?:{made}|{_TOLD}|{_TIMED})(?:\.partial)?")
 
 
+def _told(devices: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{device['name']} ({device['description']})" for device in devices)
+
+
 @dataclass(frozen=True)
 class Campaign:
     """A plan under way in ``folder``; big models in ``models``. ``minutes`` 0: as long as it takes."""
@@ -214,8 +219,8 @@ class Campaign:
 
     def open(self, text: str, force: bool = False) -> None:
         """Make the folders ready for the plan with this text: new, as the same plan left them, or with ``force``
-        without what a campaign of any plan left. Raises :class:`TracekitError` for a folder of something else, and
-        where the GPU that is needed is missing.
+        without what a campaign of any plan left. Raises :class:`TracekitError` for a folder of something else,
+        where this machine or its settings are not those it began with, and where the GPU that is needed is missing.
         """
         folder, path = self.folder, self.folder / "plan.toml"
         used = folder.exists() and any(folder.iterdir())
@@ -226,6 +231,8 @@ class Campaign:
             )
         if self.plan.require_gpu:
             demand_gpu(surroundings())  # before anything is deleted, or gigabytes are written
+        if used and not force:
+            self._environment()
         if used and force:
             left = {old: match for old in folder.iterdir() if (match := names.fullmatch(old.name))}
             remove(folder, {match[1] for match in left.values() if match[1]})
@@ -289,13 +296,33 @@ class Campaign:
         self._check(size, model)
         return model, sidecar if head == "misaligned" else None
 
+    def _environment(self) -> dict[str, Any]:
+        """What ``environment.json`` says, or will say. Raises :class:`TracekitError` where that is not of this machine,
+        build and settings: timings of two are no campaign.
+        """
+        path = self.folder / "environment.json"
+        threads = Settings(threads=self.threads).threads
+        now = surroundings() | {"threads": threads, "gpu_layers": self.gpu_layers, "models": {}}
+        if not path.exists():
+            return now
+        try:
+            known = json.loads(path.read_text("utf-8"))
+            pairs = [(name, known[name], now[name]) for name in _SAME if name in known]  # an older file has fewer
+            pairs += [("devices", *(_told(of["devices"]) for of in (known, now)))]
+            known["models"].keys()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise TracekitError(f"{path}: not JSON, or not of a campaign ({error}); remove it to look again") from None
+        for name, was, now_is in pairs:
+            if was != now_is:
+                raise TracekitError(
+                    f"{self.folder}: the campaign began with {name} {was}, here it would go on with {now_is}; "
+                    "choose another folder with -o, or give --force to start again"
+                )
+        return known
+
     def _check(self, size: Size, model: Path) -> None:
         """Note where the model lies in ``environment.json``; refuse to go on where it should be on a GPU and is not."""
-        path = self.folder / "environment.json"
-        try:
-            known = json.loads(path.read_text()) if path.exists() else surroundings() | {"models": {}}
-        except ValueError as error:
-            raise TracekitError(f"{path}: not JSON ({error}); remove it to look again") from None
+        path, known = self.folder / "environment.json", self._environment()
         if size.name not in known["models"]:
             facts = examine(model, self.gpu_layers)
             if self.plan.require_gpu:

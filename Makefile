@@ -55,5 +55,7 @@ $(STAMP): pyproject.toml
 	    || { tail -n 30 $(VENV)/install.log; echo "installation failed; the whole log is in $(VENV)/install.log"; exit 1; }
 	@touch $@
 
+# What make can make again. campaign/ is kept: measurements of a machine that may be gone
 clean:
-	rm -rf $(VENV) .venv-cuda demo build dist *.egg-info
+	rm -rf $(VENV) .venv-cuda demo models-cuda build dist *.egg-info
+	@if [ -d campaign ]; then echo "campaign/ is kept, as it may be hours of measurements: rm -r campaign"; fi

@@ -10,18 +10,20 @@
 #   benchmarks/cuda.sh run OUT [PLAN] [MINUTES]      there: the campaign; exit code 3 means, call it again
 #
 # PYTHON: the interpreter (python3). TARGET_PYTHON: version of the one there, for pack (3.12). HAVE: names of packages that
-# the machine has already and that need not be carried. SITE: where install puts them (site-cuda). MODELS: where the big
-# models go (models-cuda).
+# the machine has already and that need not be carried. SITE: where install puts them (site-cuda); empty: among PYTHON's
+# own. MODELS: where the big models go (models-cuda).
 set -eu
 usage() { sed -n '5,10s/^#  *//p' "$0" >&2; exit 2; }
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(dirname "$here")
 python=${PYTHON:-python3}
-site=${SITE:-$root/site-cuda}
+site=${SITE-$root/site-cuda}
 models=${MODELS:-$root/models-cuda}
 
 wheel() {
     folder=$1
+    case $folder in /*) ;; *) folder=$PWD/$folder ;; esac
+    case $folder in *[[:space:]]*) echo "cuda.sh: $folder: CMake takes no path with blanks; choose another folder" >&2; exit 2 ;; esac
     arch=${2:-90}
     version=0.3.36
     nvcc=$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)
@@ -90,9 +92,13 @@ pack() {
     # shellcheck disable=SC2086  # a list of options
     "$python" -m pip download -q --only-binary=:all: --python-version "$target" --implementation cp --abi "$abi" --abi abi3 \
         --abi none $platforms --platform manylinux2014_x86_64 --platform manylinux1_x86_64 --platform linux_x86_64 \
-        --find-links "$folder" -d "$folder/all" "tracekit[engine] @ file://$(ls "$folder"/all/tracekit-*.whl)"
+        --find-links "$folder" -d "$folder/all" "tracekit[engine] @ $("$python" -c 'import pathlib, sys
+print(pathlib.Path(sys.argv[1]).as_uri())' "$folder"/all/tracekit-*.whl)"
     for name in ${HAVE:-}; do
         rm -f "$folder/all/$(echo "$name" | tr '-' '_')"-[0-9]*.whl
+    done
+    for file in "$folder"/*.whl; do # of an earlier pack: pip is offline there, and takes one version of each
+        case ${file##*/} in llama_cpp_python-*) ;; *) [ -f "$folder/all/${file##*/}" ] || rm "$file" ;; esac
     done
     for file in "$folder"/all/*.whl; do
         [ -f "$folder/$(basename "$file")" ] || "$python" "$here/cuda_repack.py" "$file" "$folder"
@@ -105,11 +111,13 @@ pack() {
 find_libraries() { # CUDA's may lie in PyTorch's packages
     libraries=$("$python" -c 'import glob, site
 print(":".join(p for s in site.getsitepackages() for p in glob.glob(s + "/nvidia/*/lib")))')
-    export PYTHONPATH="$site:$root" LD_LIBRARY_PATH="${LD_LIBRARY_PATH:-}:$libraries"
+    # no empty part: that is the current folder
+    export PYTHONPATH="${site:+$site:}$root"
+    export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:-}${LD_LIBRARY_PATH:+${libraries:+:}}$libraries"
 }
 
 install() {
-    "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" "$1"/*.whl
+    "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade ${site:+--target "$site"} "$1"/*.whl
     # what tracekit asks for and is not there yet: it may come with another trip
     missing=$(PYTHONPATH=$site "$python" -c '
 from importlib.metadata import PackageNotFoundError, requires, version

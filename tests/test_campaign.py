@@ -376,6 +376,72 @@ def test_carried_scripts_are_sound(tmp_path):
     assert campaign.MOST_BYTES <= 16 << 20
 
 
+CUDA_SH = Path(__file__).parent.parent / "benchmarks" / "cuda.sh"
+_PYTHON = f"""#!{sys.executable}
+import os, pathlib, shutil, sys
+words, here = sys.argv[1:], pathlib.Path(__file__).parent
+if words[0] == "-c":
+    os.execv(sys.executable, [sys.executable, *words])
+if "campaign" in words:
+    (here / "told").write_text(os.environ["PYTHONPATH"] + "|" + os.environ["LD_LIBRARY_PATH"])
+elif words[2:3] == ["wheel"]:
+    folder = pathlib.Path(words[words.index("-w") + 1])
+    folder.mkdir()
+    (folder / "tracekit-9-py3-none-any.whl").touch()
+elif words[2:3] == ["download"]:
+    pathlib.Path(words[words.index("-d") + 1], "polars-2-py3-none-any.whl").touch()
+    (here / "told").write_text(words[-1])
+elif words[0].endswith("cuda_repack.py"):
+    shutil.copy(*words[1:])
+"""
+
+
+def _carried(tmp_path, *arguments, **environment):
+    """`cuda.sh` with a Python that notes what it is told; what it noted."""
+    python = tmp_path / "python"
+    python.write_text(_PYTHON)
+    python.chmod(0o755)
+    (tmp_path / "models").mkdir()
+    given = {"PYTHON": str(python), "MODELS": str(tmp_path / "models")} | environment
+    kept = {name: value for name, value in os.environ.items() if name not in ("LD_LIBRARY_PATH", "HAVE", "SITE")}
+    subprocess.run(["sh", str(CUDA_SH), *map(str, arguments)], env=kept | given, check=True, capture_output=True)
+    return (tmp_path / "told").read_text()
+
+
+def test_a_pack_holds_no_wheels_of_an_earlier_one(tmp_path):
+    """Of two versions of a package pip would take neither, offline; a folder with a blank in its name is a URI."""
+    folder = tmp_path / "to carry"
+    folder.mkdir()
+    for name in ("llama_cpp_python-1", "polars-1", "gone-1"):
+        (folder / f"{name}-py3-none-any.whl").touch()
+    asked = _carried(tmp_path, "pack", folder)
+    assert asked == f"tracekit[engine] @ {(folder / 'all' / 'tracekit-9-py3-none-any.whl').as_uri()}"
+    names = {wheel.name.removesuffix("-py3-none-any.whl") for wheel in folder.glob("*.whl")}
+    assert names == {"llama_cpp_python-1", "polars-2", "tracekit-9"}
+
+
+@pytest.mark.parametrize("site", ["", "/site"])
+@pytest.mark.parametrize("libraries", ["", "/lib"])
+def test_nothing_is_imported_from_the_current_folder(tmp_path, site, libraries):
+    """An empty part of PYTHONPATH or LD_LIBRARY_PATH is the current folder: there is none, whatever is not set."""
+    (tmp_path / "out").mkdir()
+    told = _carried(tmp_path, "run", tmp_path / "out", SITE=site, LD_LIBRARY_PATH=libraries)
+    for given, path in zip((site, libraries), told.split("|"), strict=True):
+        parts = path.split(":") if path else []
+        assert "" not in parts
+        assert parts[:1] == [given] or not given
+    assert str(CUDA_SH.parent.parent) in told
+
+
+def test_a_wheel_is_not_built_where_cmake_cannot(tmp_path):
+    """A blank in the folder's name is one line, before anything is made."""
+    result = subprocess.run(["sh", str(CUDA_SH), "wheel", "a b"], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "no path with blanks" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_wheels_are_sorted_into_trips(tmp_path):
     """Each trip holds as much as it may; a wheel that is too big for any is one line."""
     script = Path(__file__).parent.parent / "benchmarks" / "cuda_repack.py"

@@ -152,8 +152,6 @@ def prices_of(steps: Steps, n_max: int, otherwise: np.ndarray | None = None) -> 
     if otherwise is not None:
         bare = otherwise[[*_PLAIN, kernel.OVER, kernel.BARE]].sum() if bare is None else bare
         loaded = bare - otherwise[kernel.BARE] if loaded is None else loaded
-    elif bare is None:
-        raise TracekitError(f"{steps.path}: its steps without MTP are too unsteady to price; {steps.advice}")
     loaded = bare if loaded is None else loaded
     prices[kernel.OVER], prices[kernel.BARE] = loaded - prices[_PLAIN].sum(), bare - loaded
     return prices
@@ -169,10 +167,9 @@ def _occasions(steps: Steps) -> np.ndarray:
 
 
 def _plain_us(steps: Steps, prices: np.ndarray) -> float | None:
-    """What these steps, plain ones, take without context; None where that is not told."""
+    """What these steps, plain ones, take without context; None where there are none."""
     time = steps.wall - _occasions(steps) @ prices[_OCCASIONS]
-    found = robust_mean(time) if len(time) else 0.0
-    return found if found > 0 else None
+    return max(0.0, robust_mean(time)) if len(time) else None
 
 
 def _price_target(steps: Steps, prices: np.ndarray, n_max: int, before: np.ndarray | None) -> tuple[float, float]:
@@ -243,12 +240,12 @@ def _cells(
     beyond: tuple[float, float] | None = None,
 ) -> np.ndarray:
     """Mean ``time`` of every size from 1 to ``n_max + 1``, gaps closed between neighbours, made non-decreasing
-    (:func:`rising`). An end must have been measured; the upper one may lie before sizes on the line ``beyond``. Times
-    that come to nothing, beside what else there was to do, are not known.
+    (:func:`rising`). An end must have been measured; the upper one may lie before sizes on the line ``beyond``. None is
+    negative, though all of a time may go with what else there was to do.
     """
     cells, errors = cell_means(time, sizes, n_max + 2)
     counts = np.bincount(sizes.astype(int), minlength=n_max + 2)
-    cells[cells <= 0] = np.nan
+    cells = np.maximum(cells, 0.0)
     cells[0] = 0.0
     empty = np.isnan(cells)
     if otherwise is not None:
@@ -259,9 +256,7 @@ def _cells(
         known = ~np.isnan(cells)
         if not (known[1] and known[-1]):
             missing = n_max + 1 if known[1] else 1
-            seldom = np.count_nonzero(sizes == missing) < LEAST
-            why = f"measured fewer than {LEAST} times" if seldom else "too unsteady to price"
-            raise TracekitError(f"{steps.path}: {what} {missing} {why}; {steps.advice}")
+            raise TracekitError(f"{steps.path}: {what} {missing} measured fewer than {LEAST} times; {steps.advice}")
         cells[empty] = np.interp(np.flatnonzero(empty), np.flatnonzero(known), cells[known])
     cells[1:] = rising(cells[1:], errors[1:], np.maximum(counts[1:], 1))
     return cells

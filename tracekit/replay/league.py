@@ -20,6 +20,7 @@ from tracekit.replay.serving import Serving
 from tracekit.trace.store import TraceFile
 
 _LEVELS = (0.025, 0.975)
+_BUSY = 0.15  # spread of a step's time around its fit; 0.01 to 0.05 where nothing else runs
 N_DRAWS = 1000  # of requests
 _MOST_BYTES = 256 << 20  # of counts that are held at once
 
@@ -118,6 +119,8 @@ class League:
     def warning(self) -> str:
         """What one should know before trusting the prices; empty where there is nothing."""
         found, n_slots = [], self.serving.n_slots
+        if self.cost.spread_ratio > _BUSY:
+            found.append(f"steps spread by {100 * self.cost.spread_ratio:.0f} % around their fit, as on a busy machine")
         if self.cost.n_blocks == 1:
             found.append("all times are of one stretch: how much the machine drifts is not in the intervals")
         if unlike := n_slots > 1 and self.trace and self.serving.unlike(Serving.of(self.trace, n_slots)):

@@ -119,6 +119,8 @@ class Steps:
         columns = {c: frame[c].cast(pl.Float64).to_numpy() for c in frame.columns}
         columns["block"], n_blocks = blocks_of(columns["block"])
         found = cls(str(trace.path), advice, _prompt_line(trace), n_blocks, False, **columns)
+        if (found.wall <= 0).any():
+            raise TracekitError(f"{trace.path}: damaged: steps that took no time")
         if ((found.mtp == 0) & (found.loaded == 0)).sum() < LEAST:
             baseline = alone if several else f"record with --baseline, {_OR}"
             raise TracekitError(f"{trace.path}: the baseline without MTP was not recorded; {baseline}")

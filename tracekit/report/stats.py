@@ -13,6 +13,7 @@ from scipy.stats import beta
 from tracekit.report.surface import as_json, is_calibration, surface, surface_notes
 from tracekit.trace.store import TraceFile
 
+_LEAST_US = 1_000_000  # of generating, of which recording's share is told
 BROKEN = 0.05  # first-draft acceptance below which a drafter is called broken rather than unlucky
 
 
@@ -192,18 +193,18 @@ def _notes(runs: pl.DataFrame, acceptance: pl.DataFrame) -> list[str]:
             "tau and ampl. of the arm probe are what probing did; `tracekit replay` tells what a policy would do"
         )
     ended = runs.filter(pl.col("wall_us").is_not_null() & (pl.col("wall_us") > 0))
-    if ended.height:
-        share = (ended["record_us"].sum() + ended["writer_us"].sum()) / ended["wall_us"].sum()
+    wall_us, recording_us = ended["wall_us"].sum(), ended["record_us"].sum() + ended["writer_us"].sum()
+    if wall_us > _LEAST_US:  # in less, opening and closing the file is most of it
         notes.append(
-            f"recording took {100 * share:.2f} % of the time, {ended['record_us'].sum() / 1000:.0f} ms of it "
-            "in the generating thread (exact)"
+            f"recording took {100 * recording_us / wall_us:.2f} % of the time, "
+            f"{ended['record_us'].sum() / 1000:.0f} ms of it in the generating thread (exact)"
         )
-        checked, diverged = int(ended["n_checked"].sum()), int(ended["n_diverged"].sum())
-        if checked:
-            notes.append(
-                f"choices that came out differently in a batch of another width: {diverged} of {checked} (at "
-                f"most {at_most(diverged, checked):.2g} with 95 % confidence)"
-            )
+    checked, diverged = int(ended["n_checked"].sum()), int(ended["n_diverged"].sum())
+    if checked:
+        notes.append(
+            f"choices that came out differently in a batch of another width: {diverged} of {checked} (at "
+            f"most {at_most(diverged, checked):.2g} with 95 % confidence)"
+        )
     if runs["wall_us"].is_null().any():
         notes.append("a run was cut off: its last request is incomplete, everything else is there")
     first = acceptance.filter((pl.col("category") == "all") & (pl.col("position") == 1))

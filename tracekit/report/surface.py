@@ -32,9 +32,9 @@ def surface(trace: TraceFile) -> pl.DataFrame:
     ``part`` and ``size``, per slot: ``target``, the decode that verifies ``size`` drafts (0: MTP loaded, idle), and
     ``no MTP``, a plain one; ``off, MTP loaded``, the same where snapshots of a recurrent state are taken in vain;
     ``draft step``, an MTP decode of one row; ``catch-up``, the first of a round, with ``size`` rows. ``tokens``: of
-    the whole batch. ``step_us``: median of the whole step (not of a draft step alone). A target decode counts where
-    the one before had the same width, which is what a policy that stays at a draft length pays; ``rebuilt_us`` is the
-    median of the others. Raises :class:`TracekitError` for other traces.
+    the whole batch. ``step_us``: median of the whole step (not of a draft step alone), with quartiles. A target decode
+    counts where the one before had the same width, which is what a policy that stays at a draft length pays;
+    ``rebuilt_us`` is the median of the others. Raises :class:`TracekitError` for other traces.
     """
     if not is_calibration(trace):
         raise TracekitError(f"{trace.path}: not a calibration; `tracekit calibrate` writes one")
@@ -60,7 +60,9 @@ def surface(trace: TraceFile) -> pl.DataFrame:
            SELECT part, n_slots::INT AS slots, context, size::INT AS size, tokens::INT AS tokens,
                   count(*) FILTER (same)::INT AS n, median(us) FILTER (same) AS median_us,
                   quantile_cont(us, 0.25) FILTER (same) AS low_us, quantile_cont(us, 0.75) FILTER (same) AS high_us,
-                  median(us) FILTER (NOT same) AS rebuilt_us, median(step_us) FILTER (same) AS step_us
+                  median(us) FILTER (NOT same) AS rebuilt_us, median(step_us) FILTER (same) AS step_us,
+                  quantile_cont(step_us, 0.25) FILTER (same) AS step_low_us,
+                  quantile_cont(step_us, 0.75) FILTER (same) AS step_high_us
            FROM parts GROUP BY ALL HAVING n > 0"""
     )
     order = pl.col("part").cast(pl.Enum([NO_MTP, LOADED, TARGET, DRAFT, CATCHUP]))
@@ -81,9 +83,7 @@ def jumps(cells: pl.DataFrame) -> pl.DataFrame:
         tokens, us = curve["tokens"].to_numpy(), curve["median_us"].to_numpy()
         if len(us) < 4:
             continue
-        # of a normal median, from its quartiles; the clock counts whole microseconds
-        error = 1.253 * (curve["high_us"] - curve["low_us"]).to_numpy() / 1.349 / np.sqrt(curve["n"].to_numpy())
-        error = np.maximum(error, 0.5)
+        error = _error(*(curve[c].to_numpy() for c in ("low_us", "high_us", "n")))
         rise, width = np.diff(us), np.diff(tokens)
         jump = rise - np.median(rise / width) * width
         errors = np.hypot(error[1:], error[:-1])
@@ -103,6 +103,11 @@ def jumps(cells: pl.DataFrame) -> pl.DataFrame:
     numbers = {"slots": pl.Int32, "context": pl.Int32, "after_tokens": pl.Int32, "to_tokens": pl.Int32}
     floats = {"jump_us": pl.Float64, "ratio": pl.Float64, "error_us": pl.Float64}
     return pl.DataFrame(found, schema=numbers | floats | {"beyond_noise": pl.Boolean})
+
+
+def _error(low_us: Any, high_us: Any, n: Any) -> Any:
+    """Standard error of a median of ``n`` normal times from their quartiles; the clock counts whole microseconds."""
+    return np.maximum(1.253 * (high_us - low_us) / 1.349 / np.sqrt(n), 0.5)
 
 
 def as_json(cells: pl.DataFrame) -> dict[str, Any]:
@@ -148,7 +153,7 @@ def surface_tables(cells: pl.DataFrame) -> list[Table]:
             [*key, *(f"K = {k}" for k in drafts)],
             pays,
             2,
-            "Tokens per slot and step that K drafts must give to be as fast as no MTP",
+            "Tokens per slot and step that K drafts must give to be as fast as no MTP (95 %)",
         ),
         table(
             [*key, "draft step", *(f"{r} rows" if r > 1 else "1 row" for r in rows)],
@@ -192,11 +197,20 @@ def _timing(cell: dict[str, Any] | None) -> str:
         return "-"
     middle, low, high = (cell[c] / 1000 for c in ("median_us", "low_us", "high_us"))
     digits = 3 if middle < 1 else 2 if middle < 100 else 1
+    if cell["n"] < 2:
+        return f"{middle:.{digits}f} (once)"
     return f"{middle:.{digits}f} ({low:.{digits}f} - {high:.{digits}f}) {cell['n']}"
 
 
 def _ratio(cell: dict[str, Any] | None, plain: dict[str, Any] | None) -> str:
-    return f"{cell['step_us'] / plain['step_us']:.2f}" if cell and plain else "-"
+    if not (cell and plain):
+        return "-"
+    ratio = cell["step_us"] / plain["step_us"]
+    if min(cell["n"], plain["n"]) < 2:
+        return f"{ratio:.2f} (once)"
+    errors = [_error(c["step_low_us"], c["step_high_us"], c["n"]) / c["step_us"] for c in (cell, plain)]
+    reach = 1.96 * ratio * np.hypot(*errors)
+    return f"{ratio:.2f} ({ratio - reach:.2f} - {ratio + reach:.2f})"
 
 
 def surface_chart(cells: pl.DataFrame) -> alt.HConcatChart:

@@ -31,7 +31,7 @@ class Evidence(_Strict):
     """Out-of-sample prediction for a tuned policy, and everything needed to check it.
 
     Speeds are tokens per second of generation over all requests, predicted for requests the choice was not made on;
-    ``low`` and ``high`` are a 95 % bootstrap interval. With several ``n_slots`` they are of whole runs, with prompts.
+    ``low`` and ``high`` are a 95 % interval. With several ``n_slots`` they are of whole runs, with prompts.
     ``worst_category_speedup`` is the lowest over prompt categories, without an interval where that has one prompt.
     ``device`` and ``cost_model`` are those of ``priced_by``, a trace. ``recorded_with``: how requests were sampled, as
     far as all were alike, and the settings of the engine that ``priced_by`` timed, in llama.cpp's names.

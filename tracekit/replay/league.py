@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import polars as pl
-from scipy.special import ndtri, stdtrit
 
 from tracekit.policy.rule import Policy, rule
 from tracekit.replay import kernel
@@ -16,12 +15,12 @@ from tracekit.replay.arrays import Positions
 from tracekit.replay.arrays import positions as positions_of
 from tracekit.replay.clairvoyant import clairvoyant_us
 from tracekit.replay.costs import CostModel
+from tracekit.replay.robust import reach_of_ratio
 from tracekit.replay.serving import Serving
 from tracekit.trace.store import TraceFile
 
 _LEVELS = (0.025, 0.975)
 _BUSY = 0.15  # spread of a step's time around its fit; 0.01 to 0.05 where nothing else runs
-N_DRAWS = 1000  # of requests
 _MOST_BYTES = 256 << 20  # of counts that are held at once
 
 
@@ -41,7 +40,7 @@ class Interval:
 
 
 class League:
-    """Positions and costs made ready: the bootstrap draws, and the three references every policy is held against.
+    """Positions and costs made ready, and the three references every policy is held against.
 
     ``cost`` may come from another trace than the positions (*what if this workload ran there?*). ``trace``: where the
     positions come from, and ``priced``: where the costs do, None for made-up ones. ``serving``: over how many slots,
@@ -57,16 +56,10 @@ class League:
         cost: CostModel,
         trace: TraceFile | None = None,
         priced: TraceFile | None = None,
-        seed: int = 0,
         serving: Serving | None = None,
     ):
         self.positions, self.cost, self.trace, self.priced = positions, cost, trace, priced
         self.serving = serving or Serving()
-        rng = np.random.default_rng(seed)
-        n, n_boot = self.positions.n_requests, len(self.cost.boot)
-        # how often each request is drawn, one with every draw of the costs: uint16 [N_DRAWS // n_boot, n_boot, n]
-        draws = (rng.multinomial(n, np.full(n, 1 / n), n_boot) for _ in range(max(1, N_DRAWS // n_boot)))
-        self._draws = [times.astype(np.uint16) for times in draws]
         self.tokens = self.serving.tokens(self.positions)
         self.no_mtp_counts = self.serving.no_mtp_counts(self.positions)
         self.clairvoyant_us = clairvoyant_us(self.positions.fills[-1], self.cost) if self.serving.n_slots == 1 else None
@@ -240,45 +233,26 @@ class League:
 
     def _gain(self, known: np.ndarray, member: np.ndarray | None) -> Interval:
         chosen = slice(None) if member is None else member
-        value = self.no_mtp_us[chosen].sum() / (known[chosen] @ self.cost.prices).sum()
-        pairs = zip(self._drawn_us(self.no_mtp_counts, chosen), self._drawn_us(known, chosen), strict=True)
-        return _interval(value, *(plain / with_mtp for plain, with_mtp in pairs), len(known[chosen]))
+        return self._interval(self.no_mtp_us[chosen], known[chosen], self.no_mtp_counts[chosen])
 
     def _speed(self, known: np.ndarray, member: np.ndarray | None = None) -> Interval:
         chosen = slice(None) if member is None else member
-        tokens = self.tokens[chosen]
-        value = 1e6 * tokens.sum() / (known[chosen] @ self.cost.prices).sum()
-        drawn = 1e6 * np.array([weights @ tokens for weights in self._drawn(chosen)])
-        return _interval(value, *(drawn / times for times in self._drawn_us(known, chosen)), len(tokens))
+        return self._interval(1e6 * self.tokens[chosen], known[chosen])
 
-    def _drawn(self, chosen: np.ndarray | slice) -> Iterator[np.ndarray]:
-        """How often each chosen request is in each draw, float64 ``[n_boot, n]`` some draws at a time; a draw without
-        any of them counts them once each.
+    def _interval(self, parts: np.ndarray, known: np.ndarray, against: np.ndarray | None = None) -> Interval:
+        """The sum of ``parts`` over the time of requests, whose counts are ``known``, and its 95 % interval: how it
+        differs between requests, and with the costs, those of the counts ``against`` it included.
         """
-        for draws in self._draws:
-            weights = draws[:, chosen].astype(float)
-            weights[weights.sum(1) == 0] = 1.0
-            yield weights
-
-    def _drawn_us(self, known: np.ndarray, chosen: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
-        """Total time of each draw's requests, float64 ``[n, n_boot]``: under that draw's cost model, and under the one
-        that is fitted to everything.
-        """
-        times, fitted = self.cost.boot @ known[chosen].T, known[chosen] @ self.cost.prices
-        drawn = [((weights * times).sum(1), weights @ fitted) for weights in self._drawn(chosen)]
-        return np.array([of for of, _ in drawn]), np.array([of for _, of in drawn])
-
-
-def _interval(value: float, drawn: np.ndarray, of_requests: np.ndarray, n: int) -> Interval:
-    """The interval of a ``value`` of ``n`` requests from its bootstrap draws, and from these at costs that are known.
-    Drawing from few requests has a variance too small by ``(n - 1) / n``, and few hardly tell how much they differ:
-    that part is stretched, by as much more as Student's t of ``n - 1`` is wider than a normal distribution.
-    """
-    if n < 2:
-        return Interval(float(value), None, None)
-    wider = np.sqrt(n / (n - 1)) * stdtrit(n - 1, _LEVELS[1]) / ndtri(_LEVELS[1])
-    ratios = np.maximum(drawn, 1e-9) / value * (np.maximum(of_requests, 1e-9) / value) ** (wider - 1)
-    return Interval(float(value), *(float(value * ratio) for ratio in np.quantile(ratios, _LEVELS)))
+        times = known @ self.cost.prices
+        value = float(parts.sum() / times.sum())
+        if len(times) < 2:
+            return Interval(value, None, None)
+        of_requests = reach_of_ratio(parts, times)
+        total = np.maximum(self.cost.boot @ known.sum(0), 1e-9)
+        drawn = (parts.sum() if against is None else self.cost.boot @ against.sum(0)) / total
+        low, high = np.quantile(np.log(np.maximum(drawn, 1e-9) / value), _LEVELS)
+        reach = np.hypot(of_requests, max(-low, 0.0)), np.hypot(of_requests, max(high, 0.0))
+        return Interval(value, float(value * np.exp(-reach[0])), float(value * np.exp(reach[1])))
 
 
 def _columns(speed: Interval, gain: Interval) -> dict[str, float]:

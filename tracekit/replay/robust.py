@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.linalg import solve_triangular
 from scipy.optimize import isotonic_regression, nnls
+from scipy.special import stdtrit
 from scipy.stats import theilslopes
 
 LEAST = 5  # measurements that make a cell
@@ -86,6 +87,14 @@ def widened(draws: np.ndarray, centre: np.ndarray | float, n: int) -> np.ndarray
     estimate: drawing from few parts has a variance too small by ``(n - 1) / n``. With one part it has none.
     """
     return centre + (draws - centre) * np.sqrt(n / max(1, n - 1))
+
+
+def reach_of_ratio(parts: np.ndarray, wholes: np.ndarray) -> float:
+    """How far the 95 % interval of ``sum(parts) / sum(wholes)``, two or more entries, reaches to either side, over that
+    ratio: its standard error (Cochran, *Sampling Techniques*, chapter 2) times Student's t of as many.
+    """
+    n, left = len(parts), parts / parts.sum() - wholes / wholes.sum()
+    return float(stdtrit(n - 1, 0.975) * np.sqrt(n / (n - 1) * (left**2).sum()))
 
 
 def blocks_of(block: np.ndarray) -> tuple[np.ndarray, int]:

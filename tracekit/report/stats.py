@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 from scipy.stats import beta
 
+from tracekit.replay.robust import reach_of_ratio
 from tracekit.report.surface import as_json, is_calibration, surface, surface_notes
 from tracekit.trace.store import TraceFile
 
@@ -117,20 +118,15 @@ def acceptance_by_position(trace: TraceFile) -> pl.DataFrame:
     return pl.DataFrame(found)
 
 
-def ratio_interval(part: np.ndarray, whole: np.ndarray, n_boot: int = 500) -> tuple[float, float | None, float | None]:
-    """``sum(part) / sum(whole)`` and its 95 % bootstrap interval over the entries (requests); by the rule of three over
-    them where all or none happened, None with a single entry.
+def ratio_interval(part: np.ndarray, whole: np.ndarray) -> tuple[float, float | None, float | None]:
+    """``sum(part) / sum(whole)`` and its 95 % interval over the entries (requests); by the rule of three over these
+    where all or none happened, None with a single entry.
     """
     n, ratio = len(whole), float(part.sum() / max(whole.sum(), 1))
     if n < 2:
         return ratio, None, None
-    if ratio in (0.0, 1.0):
-        reach = min(1.0, 3 / n)
-        return ratio, max(0.0, ratio - reach), min(1.0, ratio + reach)
-    draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), n_boot)
-    ratios = (draws @ part) / np.maximum(draws @ whole, 1)
-    low, high = np.quantile(ratios, (0.025, 0.975))
-    return ratio, float(low), float(high)
+    reach = min(1.0, 3 / n) if ratio in (0.0, 1.0) else ratio * reach_of_ratio(part, whole)
+    return ratio, max(0.0, ratio - reach), min(1.0, ratio + reach)
 
 
 def _by_category(trace: TraceFile) -> pl.DataFrame:

@@ -157,7 +157,8 @@ class _Times:
 
     def bounds(self, seen: np.ndarray, confidence: float) -> np.ndarray:
         """What each category's slowdown against no MTP is below, judged by the ``seen`` folds, with this confidence:
-        float64 ``[n_policies, n_categories]``; -1 without requests, and infinite (but for the mean) with a single one.
+        float64 ``[n_policies, n_categories]``; -1 without requests. Student's t is that of all the category's requests:
+        folds are to choose as all of them do. Of a single one (but for the mean) nothing is known.
         """
         times, squares, products = (of[:, :, seen].sum(2) for of in (self._sums, self._squares, self._products))
         n, no_mtp, no_mtp_squares = (of[:, seen].sum(1) for of in (self._n, self._no_mtp, self._no_mtp_squares))
@@ -165,8 +166,9 @@ class _Times:
         ratio = times / no_mtp
         spread = np.maximum(squares - 2 * ratio * products + ratio**2 * no_mtp_squares, 0)
         errors = np.sqrt(spread * n / np.maximum(n - 1, 1)) / no_mtp
-        bounds = ratio - 1 + stdtrit(np.maximum(n - 1, 1), confidence) * errors
-        bounds[:, (n == 1) & (confidence > _MEAN)] = np.inf
+        in_all = self._n.sum(1)
+        bounds = ratio - 1 + stdtrit(np.maximum(in_all - 1, 1), confidence) * errors
+        bounds[:, (in_all == 1) & (n == 1) & (confidence > _MEAN)] = np.inf
         return bounds
 
     def safe(self, seen: np.ndarray, allowed: float, confidence: float) -> np.ndarray:

@@ -531,9 +531,9 @@ def test_intervals_of_what_never_happened():
     assert ratio_interval(np.full(10, 9), np.full(10, 9)) == (1.0, 0.7, 1.0)
     assert ratio_interval(np.array([3]), np.array([4])) == (0.75, None, None)
     assert ratio_interval(np.array([3, 1]), np.array([4, 4])) == (0.5, 0.0, 1.0)  # two tell next to nothing
-    few, many = (ratio_interval(np.tile([3, 2, 1], n), np.full(3 * n, 4)) for n in (1, 100))
-    assert few[1] == pytest.approx(0.5 - student.ppf(0.975, 2) * np.std([0.75, 0.5, 0.25], ddof=1) / 3**0.5, abs=1e-9)
-    assert many[2] == pytest.approx(0.5 + 1.96 * np.std([0.75, 0.5, 0.25]) / 300**0.5, rel=0.01)
+    few, many = (ratio_interval(np.tile([5, 4, 3], n), np.full(3 * n, 8)) for n in (1, 100))
+    assert few[1] == pytest.approx(0.5 - student.ppf(0.975, 2) * 0.125 / 3**0.5)
+    assert many[2] == pytest.approx(0.5 + 1.96 * 0.125 * (2 / 3) ** 0.5 / 300**0.5, rel=0.01)
 
 
 @pytest.mark.parametrize(("seen", "n"), [(0, 100), (1, 100), (7, 100), (50, 50_000), (99, 100)])

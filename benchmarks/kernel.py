@@ -161,8 +161,9 @@ def main() -> None:
     p = positions(args.positions)
     few = positions(20_000)
     size = kernel.n_counts(N_MAX)
+    n_bytes = sum(a.nbytes for a in arrays_of(p))
     print(
-        f"{len(p.match)} positions, {p.n_requests} requests, arrays of {p.n_bytes / 1e6:.0f} MB; one core, "
+        f"{len(p.match)} positions, {p.n_requests} requests, arrays of {n_bytes / 1e6:.0f} MB; one core, "
         f"{args.repeats} repeats, medians (range)"
     )
     print(f"{'policy':44s} {'M verifications/s':>26s} {'M steps/s':>12s} {'x C -O3':>24s} {'x interpreted':>14s}")

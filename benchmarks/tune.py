@@ -18,6 +18,7 @@ from kernel import N_MAX, positions
 from tracekit.replay import kernel as walk
 from tracekit.replay.costs import N_BOOT, CostModel, layout
 from tracekit.replay.league import League
+from tracekit.replay.simulate import arrays_of
 from tracekit.tune.search import held_out_counts, search
 from tracekit.tune.space import default_space, grid
 
@@ -58,10 +59,8 @@ def main() -> None:
         f"{statistics.median(counted):.2f} s ({min(counted):.2f} - {max(counted):.2f}, n = {len(counted)}); "
         f"{seconds[0]:.2f} s with compilation"
     )
-    print(
-        f"trace arrays {league.positions.n_bytes / 1e6:.0f} MB; peak memory grew by {grown:.0f} MB, "
-        "Numba's compiler included"
-    )
+    n_bytes = sum(a.nbytes for a in arrays_of(league.positions))
+    print(f"trace arrays {n_bytes / 1e6:.0f} MB; peak memory grew by {grown:.0f} MB, Numba's compiler included")
     print(f"chosen: {found.policy}, {gain.value:.3f} x no MTP on held-out requests ({gain.low:.3f} - {gain.high:.3f})")
 
 

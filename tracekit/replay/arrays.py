@@ -18,6 +18,7 @@ import polars as pl
 from tracekit.errors import TracekitError
 from tracekit.trace.store import TraceFile
 
+_OF_REQUESTS = ("first", "n_generated", "n_prompt", "max_tokens", "n_ctx")
 ANY = 255  # ``known`` where the number of right drafts is known whatever the draft length
 
 
@@ -53,34 +54,16 @@ class Positions:
         """Longest draft recorded."""
         return self.probs.shape[1]
 
-    @property
-    def n_bytes(self) -> int:
-        """Memory the arrays take."""
-        return sum(
-            a.nbytes
-            for a in (
-                self.first,
-                self.n_generated,
-                self.n_prompt,
-                self.max_tokens,
-                self.n_ctx,
-                self.match,
-                self.known,
-                self.probs,
-            )
-        )
+    def at(self, indices: Sequence[int]) -> Positions:
+        """The requests at these ``indices``, in that order."""
+        numbers = {name: getattr(self, name)[indices] for name in _OF_REQUESTS}
+        texts = {name: tuple(getattr(self, name)[i] for i in indices) for name in ("categories", "prompt_ids")}
+        return replace(self, **numbers, **texts)
 
     def queued(self, prompt_ids: Sequence[str]) -> Positions:
         """The same requests in the order of ``prompt_ids``; those not named there are left out."""
         place = {prompt_id: i for i, prompt_id in enumerate(self.prompt_ids)}
-        order = [place[prompt_id] for prompt_id in prompt_ids if prompt_id in place]
-        return replace(
-            self,
-            **{
-                name: getattr(self, name)[order] for name in ("first", "n_generated", "n_prompt", "max_tokens", "n_ctx")
-            },
-            **{name: tuple(getattr(self, name)[i] for i in order) for name in ("categories", "prompt_ids")},
-        )
+        return self.at([place[prompt_id] for prompt_id in prompt_ids if prompt_id in place])
 
     @cached_property
     def fills(self) -> tuple[Positions, ...]:

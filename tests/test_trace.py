@@ -245,6 +245,49 @@ def test_journal_of_another_version_is_left_alone(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {path.name, journal.name}
 
 
+def _without_start(whole):
+    return b"x" + whole[1:]
+
+
+def _without_middle(whole):
+    half = len(whole) // 2
+    return whole[:half] + b"x" + whole[half + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _without_start,
+        _without_middle,
+        lambda whole: b"junk\n",
+        lambda whole: b"junk",
+        lambda whole: b"3\n",
+        lambda whole: whole + b"\0" * 100,
+        lambda whole: whole.replace(b", [0, ", b", [-1, ", 1),
+        lambda whole: whole.replace(b", [0, ", b", [9999, ", 1),
+    ],
+    ids=["first byte", "second entry", "a line", "a word", "a number", "zeros", "length", "long"],
+)
+def test_journal_that_is_damaged_is_left_alone(tmp_path, damage):
+    """Only an entry that was cut off at the end is left out: whatever else cannot be read is said, and stays."""
+    path, journal = _cut_off(tmp_path, _ROW, None, _ROW._replace(step=1))
+    journal.write_bytes(damaged := damage(journal.read_bytes()))
+    with pytest.raises(TracekitError, match=r"t\.duckdb\.journal.*damaged, or no journal.*delete") as error:
+        open_trace(path)
+    assert "\n" not in str(error.value)
+    assert (journal.read_bytes(), {p.name for p in tmp_path.iterdir()}) == (damaged, {path.name, journal.name})
+
+
+@pytest.mark.parametrize("n_left", [1, 3, 40, -1])
+def test_an_entry_that_was_cut_off_costs_no_other(tmp_path, n_left):
+    """Wherever the last entry ends, those before it are added."""
+    path, journal = _cut_off(tmp_path, _ROW)
+    first = journal.read_bytes()
+    journal.write_bytes(first + first[:n_left])
+    assert open_trace(path).frame("SELECT count(*) AS n FROM verifications")["n"][0] == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_trace_being_recorded_by_this_process_says_so(tmp_path):
     """A trace is not read, nor its journal folded, before its recorder has let go of it."""
     writer, journal = _journal(tmp_path, [_ROW])

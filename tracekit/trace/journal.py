@@ -52,6 +52,7 @@ class Entry(NamedTuple):
 _PARTS = Entry, RequestRow, RequestEnd, GpuReading, Moments, Verification
 _FIELDS = [part._fields for part in _PARTS], STOPS
 LAYOUT = zlib.crc32(repr(_FIELDS).encode())  # a journal of another is refused
+_BEGIN = b"[%d, " % LAYOUT  # of every entry
 _N_PLAIN = Entry._fields.index("steps")
 
 
@@ -106,20 +107,28 @@ class Journal:
 
 def entries(path: Path, n_known: int) -> list[Entry]:
     """The entries in the journal at ``path`` that come after the first ``n_known`` rows of the run. One that was cut
-    off in the middle, at the end, is left out. Raises ``ValueError`` for a journal of another layout.
+    off in the middle, at the end, is left out. Raises ``ValueError`` for whatever else cannot be read, and for a
+    journal of another layout.
     """
     found = []
+    damaged = ValueError("it is damaged, or no journal")
     with path.open("rb") as file:
         for line in file:
+            if not line.endswith(b"\n") and line[: len(_BEGIN)] == _BEGIN[: len(line)]:
+                break
             try:
                 layout, n_before, lengths, *plain = json.loads(line)
+                if known := layout == LAYOUT:
+                    packed = [file.read(n) if n >= 0 else b"" for n in lengths]
+                    entry = Entry(*plain, *packed)
             except (ValueError, TypeError):
-                break
-            if layout != LAYOUT:
+                raise damaged from None
+            if not known:
                 raise ValueError("it is of another version of tracekit")
-            packed = [file.read(n) for n in lengths]
             if [len(part) for part in packed] != lengths:
+                if min(lengths) < 0 or _BEGIN in b"".join(packed):  # not its end: another entry comes after it
+                    raise damaged
                 break
             if n_before >= n_known:
-                found.append(Entry(*plain, *packed))
+                found.append(entry)
     return found

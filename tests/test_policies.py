@@ -292,6 +292,9 @@ def test_bad_policies_get_one_clear_line(text, hint):
     [
         ("def decide", "def decides", "decide missing"),
         ("def decide", "@staticmethod\ndef decide", "decide must be a function"),
+        ("def decide(params, state, now)", "def decide(params, state)", "2 parameters, not 3: params, state, now"),
+        ("def begin(params)", "def begin()", "begin takes 0 parameters, not 1: params"),
+        ("def learn(params", "def learn(more, params", "learn takes 5 parameters, not 4: params, state, now, seen"),
         ("class Params(NamedTuple)", "class Params", "Params must be"),
         ("class State(NamedTuple)", "class State", "State must be"),
         ("n: int\n", "n: list\n", "field n of State must be int, float or bool"),

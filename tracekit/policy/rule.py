@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -17,6 +18,11 @@ from tracekit.policy.interface import NEVER, SCOPES, Now, Scope
 SHIPPED = Path(__file__).parent / "shipped"
 _NUMBERS = int, float  # a union of them would be made anew, per token
 REQUIRED = ("Params", "State", "begin", "decide", "learn")
+_TAKES = {  # each function, as the engine calls it
+    "begin": ("params",),
+    "decide": ("params", "state", "now"),
+    "learn": ("params", "state", "now", "seen"),
+}
 
 
 @dataclass(frozen=True)
@@ -188,9 +194,16 @@ def _load(path: Path, name: str, source: str) -> Rule:
         raise TracekitError(
             f"{path}: not a policy: {', '.join(missing)} missing; see `tracekit.policy.interface` for the five names"
         )
-    for function in ("begin", "decide", "learn"):
+    for function, wanted in _TAKES.items():
         if getattr(getattr(module, function), "__globals__", None) is not vars(module):
             raise TracekitError(f"{path}: {function} must be a function written in this file, without decorators")
+        taken = inspect.signature(getattr(module, function))
+        try:
+            taken.bind(*wanted)
+        except TypeError:
+            raise TracekitError(
+                f"{path}: {function} takes {len(taken.parameters)} parameters, not {len(wanted)}: {', '.join(wanted)}"
+            ) from None
     types, state_types = _types(path, module, "Params"), _types(path, module, "State")
     for key, kind in types.items():
         if kind not in (int, float, bool, Scope) or (kind is Scope) != (key == "scope"):

@@ -424,6 +424,10 @@ MISTAKES = [
         ["record", "{model}", "--prompts", "heldout", "-o", "x.duckdb", "--ctx-size", "64", "--batch-size", "64"],
         "raise --ctx-size",
     ),
+    (["record", "{model}", "--prompts", "{prompts}", "-o", ""], "a folder; choose another name"),
+    (["calibrate", "{model}", "-o", ".", "--contexts", "8", "--slots", "1"], "a folder; choose another name"),
+    (["generate", "{model}", "x", "--trace", "", "--force"], "a folder; choose another name"),
+    (["model", "build", "-o", ".", "--force"], "is no file; choose another name"),
     (["generate", "{prompts}", "x"], "not a GGUF file"),
     (["generate", "{model}", ""], "the prompt is empty"),
     (["generate", "{model}", "x", "--policy", "static:n_max=30"], "raise the engine's"),
@@ -476,6 +480,27 @@ def test_output_respects_pipes_and_no_color(recorded):
     full = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert (full.returncode, full.stderr.count("\n")) == (2, 1)
     assert "No space left" in full.stderr
+
+
+@pytest.mark.parametrize(("closed", "says"), [(">&-", "standard output is closed"), (">&- 2>&-", "")])
+def test_closed_output_is_one_clear_line(recorded, tmp_path, closed, says):
+    """Without standard output nothing is done, and nothing written elsewhere in its place."""
+    plot = tmp_path / "p.html"
+    command = f"{sys.executable} -m tracekit stats {recorded} --plot {plot} {closed}"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (result.returncode, result.stderr.count("\n")) == (2, bool(says))
+    assert says in result.stderr
+    assert not plot.exists()
+
+
+def test_closed_errors_are_no_mistake(recorded):
+    """Without standard error a verb does what it does, and a mistake is the exit code."""
+    command = f"{sys.executable} -m tracekit stats {recorded} --json 2>&-"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert result.returncode == 0
+    assert json.loads(result.stdout)
+    result = subprocess.run(command.replace("stats", "nonsense"), shell=True, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
 
 
 def test_tables_are_never_cut(monkeypatch):

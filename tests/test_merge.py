@@ -88,7 +88,9 @@ def test_merged_traces_merge(halves, merged, live_trace, tmp_path):
         merge([halves[0], live_trace], tmp_path / "modes.duckdb")
 
 
-@pytest.mark.parametrize("what", ["model", "settings", "alone", "twice", "exists", "input", "folder", "nowhere"])
+@pytest.mark.parametrize(
+    "what", ["model", "settings", "alone", "twice", "exists", "input", "folder", "nowhere", "nameless"]
+)
 def test_what_cannot_be_merged(what, models, settings, halves, tmp_path):
     """Each is one line that names the file, nothing is left behind and nothing is overwritten."""
     output, paths = tmp_path / "out.duckdb", list(halves)
@@ -110,11 +112,13 @@ def test_what_cannot_be_merged(what, models, settings, halves, tmp_path):
         output.mkdir()
     elif what == "nowhere":
         output = tmp_path / "no" / "out.duckdb"
+    elif what == "nameless":
+        output = ""
     before = {name: os.stat(tmp_path / name).st_size for name in os.listdir(tmp_path)}
     expected = {
         "model": "model_sha256", "settings": "threads", "alone": "two or more", "twice": "give it once",
         "exists": "--force", "input": "choose another name", "folder": "folder|exists",
-        "nowhere": "cannot be written",
+        "nowhere": "cannot be written", "nameless": "a folder; choose another name",
     }  # fmt: skip  # what, and what is said
     with pytest.raises(TracekitError, match=expected[what]) as error:
         merge(paths, output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 
 import numpy as np
@@ -117,6 +118,17 @@ def test_existing_model_is_not_overwritten(tmp_path):
     with pytest.raises(TracekitError, match="--force"):
         build(path)
     build(path, force=True)
+
+
+def test_only_files_are_overwritten(tmp_path):
+    """A pipe or a device, and a folder, are left as they are, with force as without it."""
+    os.mkfifo(pipe := tmp_path / "pipe.gguf")
+    for path in (pipe, tmp_path, "", "."):
+        for force in (False, True):
+            with pytest.raises(TracekitError, match="is no file; choose another name"):
+                build(path, force=force)
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
 
 
 def test_prompt_sets_come_from_the_held_out_text():

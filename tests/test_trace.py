@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import subprocess
 import sys
@@ -353,6 +354,24 @@ def test_folder_in_the_way_is_one_clear_line(tmp_path):
     with pytest.raises(TracekitError, match="a folder; choose another name"):
         Replaced(tmp_path / "t.duckdb")
     assert (tmp_path / "t.duckdb").is_dir()
+
+
+@pytest.mark.parametrize("ending", ["", ".wal", ".journal"])
+def test_force_replaces_no_pipe(tmp_path, ending):
+    """What is neither a file nor a folder, as a pipe or a device, is no trace, and stays."""
+    os.mkfifo(pipe := tmp_path / f"t.duckdb{ending}")
+    with pytest.raises(TracekitError, match=f"{re.escape(pipe.name)}: not a trace; --force replaces traces only"):
+        Replaced(tmp_path / "t.duckdb")
+    assert list(tmp_path.iterdir()) == [pipe]
+    assert pipe.is_fifo()
+
+
+@pytest.mark.parametrize("name", [".", "/"])
+def test_what_is_no_name_for_a_trace_is_one_clear_line(name):
+    """The current folder, which an empty name is, too, and the root have no name that another could lie beside."""
+    for where in (TraceWriter.create, Replaced, free_path):
+        with pytest.raises(TracekitError, match="a folder; choose another name"):
+            where(Path(name))
 
 
 def test_a_trace_that_cannot_be_made_leaves_nothing(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ def main() -> None:
     from tracekit.cli.app import app
     from tracekit.errors import TracekitError, interrupted
 
+    _hold_streams()
     signal.signal(signal.SIGTERM, _terminated)
     try:
         code = app(standalone_mode=False)
@@ -40,6 +41,22 @@ def main() -> None:
         print(f"tracekit: error: {error.format_message()} (see `{where} --help`)", file=sys.stderr)
         code = 2
     sys.exit(code or 0)
+
+
+def _hold_streams() -> None:
+    """See to it that no file gets the number of a standard stream that is closed, which libraries print to; without
+    standard output there is nothing to do.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # the lowest that is free is what is opened next
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", encoding="utf-8")
+    if sys.stdout is None:
+        print("tracekit: error: standard output is closed; send it to a file, or to /dev/null", file=sys.stderr)
+        sys.exit(2)
 
 
 def _asked_to_end() -> int:

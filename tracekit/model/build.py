@@ -33,6 +33,8 @@ def build(
     out = Path(out)
     if seed < 0:
         raise TracekitError(f"--seed {seed}: 0 or more")
+    if out.exists() and not out.is_file():
+        raise TracekitError(f"{out}: exists, and is no file; choose another name")
     if out.exists() and not force:
         raise TracekitError(f"{out}: exists; choose another name or give --force")
     if dtype not in weights.TYPES:

@@ -10,6 +10,8 @@ import duckdb
 from tracekit.errors import TracekitError
 from tracekit.trace.journal import files_of
 
+_OTHER = "not a trace; --force replaces traces only, choose another name"
+
 
 def first_line(error: BaseException) -> str:
     """What ``error`` says, in one line."""
@@ -32,10 +34,14 @@ def held_by(error: duckdb.Error) -> str:
 
 def check_replaceable(trace: Path) -> None:
     """Raise :class:`TracekitError` where ``trace`` is being recorded, or is another kind of file (a database without
-    tables, or one that cannot be read, may have been a trace) or a folder.
+    tables, or one that cannot be read, may have been a trace), a folder, a device or a pipe; or one of these has the
+    name of what lies beside it.
     """
     if trace.is_dir():
         raise TracekitError(f"{trace}: a folder; choose another name")
+    for file in files_of(trace):
+        if file.exists() and not file.is_file():
+            raise TracekitError(f"{file}: {_OTHER}")
     if trace.is_file():
         with trace.open("rb") as file:
             ours = (head := file.read(12))[8:] == b"DUCK" or not head
@@ -48,7 +54,7 @@ def check_replaceable(trace: Path) -> None:
             if held := held_by(error):
                 raise TracekitError(f"{trace}: {held}") from None
         if not ours:
-            raise TracekitError(f"{trace}: not a trace; --force replaces traces only, choose another name")
+            raise TracekitError(f"{trace}: {_OTHER}")
 
 
 def delete(trace: Path) -> None:
@@ -80,8 +86,8 @@ class Replaced:
 
     def __init__(self, trace: Path):
         self._trace = trace
-        self._kept = free_path(trace.with_stem(f"{trace.stem}-replaced"))
         check_replaceable(trace)
+        self._kept = free_path(trace.with_stem(f"{trace.stem}-replaced"))
         move(trace, self._kept)
 
     def put_back(self) -> None:

@@ -12,6 +12,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+from tracekit.errors import TracekitError
 from tracekit.trace.rows import STOPS, GpuReading, Moments, RequestEnd, RequestRow, Verification
 
 
@@ -62,7 +63,11 @@ def journal_of(trace: Path) -> Path:
 
 
 def files_of(trace: Path) -> list[Path]:
-    """Where a trace may be on disk: the file, DuckDB's own log of it, and the journal."""
+    """Where a trace may be on disk: the file, DuckDB's own log of it, and the journal. Raises :class:`TracekitError`
+    for a folder that nothing lies beside: the current one, which an empty name is, too, or the root.
+    """
+    if not trace.name:
+        raise TracekitError(f"{trace}: a folder; choose another name")
     return [trace, trace.with_name(trace.name + ".wal"), journal_of(trace)]
 
 

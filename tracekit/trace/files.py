@@ -79,6 +79,11 @@ def free_path(wanted: str | Path) -> Path:
     return path
 
 
+def replaced_of(trace: Path) -> Path:
+    """Where a recording that takes the place of ``trace`` keeps what was there, until it holds something itself."""
+    return trace.with_stem(f"{trace.stem}-replaced")
+
+
 class Replaced:
     """What was at ``trace`` (nothing, maybe), as ``NAME-replaced`` beside it until the recording that takes its place
     holds something. Raises as :func:`check_replaceable` does, and ``OSError``.
@@ -87,7 +92,7 @@ class Replaced:
     def __init__(self, trace: Path):
         self._trace = trace
         check_replaceable(trace)
-        self._kept = free_path(trace.with_stem(f"{trace.stem}-replaced"))
+        self._kept = free_path(replaced_of(trace))
         move(trace, self._kept)
 
     def put_back(self) -> None:

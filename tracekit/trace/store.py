@@ -14,7 +14,7 @@ import polars as pl
 
 from tracekit.errors import TracekitError
 from tracekit.trace import schema
-from tracekit.trace.files import held_by
+from tracekit.trace.files import held_by, replaced_of
 from tracekit.trace.journal import journal_of
 
 _COSTLY = "threads", "gpu_layers", "cache_type_k", "cache_type_v", "flash_attn"
@@ -78,7 +78,9 @@ def open_trace(path: str | Path) -> TraceFile:
         except duckdb.Error as error:
             raise TracekitError(f"{path}: {_reason(str(error))}") from None
     if not versions:
-        raise NoRun(f"{path}: holds no run; the recording stopped before its first commit; record again")
+        raise NoRun(
+            f"{path}: holds no run; the recording stopped before its first commit; record again{_replaced(trace.path)}"
+        )
     if versions != {schema.VERSION}:
         other = ", ".join(str(v) for v in sorted(versions - {schema.VERSION}))
         raise TracekitError(
@@ -94,11 +96,15 @@ def connect(path: Path) -> duckdb.DuckDBPyConnection:
     Waits a little for another reader that is doing so. Raises :class:`TracekitError` where DuckDB cannot give one.
     """
     if not path.is_file():
-        raise TracekitError(f"{path}: no such file; `tracekit record` writes traces, `tracekit calibrate` costs")
+        raise TracekitError(
+            f"{path}: no such file; `tracekit record` writes traces, `tracekit calibrate` costs{_replaced(path)}"
+        )
     with path.open("rb") as file:
         head = file.read(12)
     if head[8:12] != b"DUCK":
-        raise (TracekitError if head else NoRun)(f"{path}: not a DuckDB file" + ("" if head else " (it is empty)"))
+        raise (TracekitError if head else NoRun)(
+            f"{path}: not a DuckDB file" + ("" if head else f" (it is empty){_replaced(path)}")
+        )
     late = time.monotonic() + PATIENCE_S
     while True:
         try:
@@ -115,6 +121,12 @@ def connect(path: Path) -> duckdb.DuckDBPyConnection:
             if time.monotonic() > late:
                 raise TracekitError(f"{path}: {held}") from None
             time.sleep(0.05)
+
+
+def _replaced(path: Path) -> str:
+    """Where the trace is that a recording should have replaced, and was killed before it did; empty for none."""
+    kept = replaced_of(path) if path.name else path
+    return f"; what it should have replaced is {kept}" if kept.is_file() else ""
 
 
 def _reason(message: str) -> str:

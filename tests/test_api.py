@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,23 @@ def test_the_legend_names_what_is_drawn(of_slots, tmp_path):
     svg = pictures.save(of_slots.plot_policies("off,static:n_max=2"), tmp_path / "p.svg").read_text()
     assert "no MTP" in svg
     assert "clairvoyant" not in svg
+
+
+def test_a_picture_that_does_not_fit_leaves_nothing(trace, tmp_path, monkeypatch):
+    """Where the disk is full no half of a picture stays; and a pipe is none to be replaced."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    chart = trace.plot_policies("off")
+    with monkeypatch.context() as disk:
+        disk.setattr(Path, "replace", full)
+        with pytest.raises(TracekitError, match="No space left"):
+            pictures.save(chart, tmp_path / "p.svg")
+    assert list(tmp_path.iterdir()) == []
+    os.mkfifo(tmp_path / "p.svg")
+    with pytest.raises(TracekitError, match="is no file; choose another name"):
+        pictures.save(chart, tmp_path / "p.svg")
 
 
 def test_acceptance_is_drawn_with_a_legend_one_can_read(trace, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import pytest
@@ -377,6 +378,22 @@ def test_a_policy_replaces_nothing_but_a_policy(tmp_path, name, reason):
         PolicyFile(rule("off")()).save(tmp_path / name)
     assert (tmp_path / name).read_text() == "[project]"
     assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def _full(*_):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_policy_that_does_not_fit_leaves_nothing(tmp_path, monkeypatch):
+    """Where the disk is full no half of a file stays, and a pipe is no policy to be replaced."""
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "replace", _full)
+        with pytest.raises(TracekitError, match="No space left"):
+            PolicyFile(rule("off")()).save(tmp_path / "p.toml")
+    assert list(tmp_path.iterdir()) == []
+    os.mkfifo(tmp_path / "p.toml")
+    with pytest.raises(TracekitError, match="no policy file"):
+        PolicyFile(rule("off")()).save(tmp_path / "p.toml")
 
 
 @pytest.mark.parametrize(

@@ -382,6 +382,38 @@ def test_a_trace_that_cannot_be_made_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_trace_that_no_room_is_left_for_leaves_nothing(tmp_path):
+    """Where DuckDB makes the file and then has no room for its header, the file goes: it would block the next try."""
+    code = """
+        import resource, signal, sys
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        from pathlib import Path
+        from tracekit.errors import TracekitError
+        from tracekit.trace.writer import TraceWriter
+        try:
+            TraceWriter.create(Path(sys.argv[1]))
+        except TracekitError as error:
+            print(error)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "t.duckdb")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "t.duckdb: cannot be written" in result.stdout, result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty file", "no run"])
+def test_what_a_killed_recording_should_have_replaced_is_named(tmp_path, kind):
+    """Killed before it held something, a recording with --force has left the old trace under another name."""
+    path, old = _file(tmp_path, kind), tmp_path / "clock-replaced.duckdb"
+    with pytest.raises(TracekitError) as error:
+        open_trace(path)
+    assert old.name not in str(error.value)
+    old.write_bytes(b"precious")
+    with pytest.raises(TracekitError, match=f"; what it should have replaced is {re.escape(str(old))}$"):
+        open_trace(path)
+
+
 def _file(tmp_path, kind):
     path = tmp_path / "clock.duckdb"  # not taken for a lock
     if kind == "missing":

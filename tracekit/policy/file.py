@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tomllib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,15 @@ class PolicyFile:
             os.replace(partial, path)
         except OSError as error:
             raise TracekitError(f"{path}: {error.strerror}; choose another place with -o") from None
+        finally:
+            with suppress(OSError):
+                partial.unlink()
         return path
 
 
 def _is_policy(path: Path) -> bool:
     try:
-        return "policy" in tomllib.loads(path.read_text("utf-8"))
+        return path.is_file() and "policy" in tomllib.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return False
 

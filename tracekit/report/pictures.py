@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,8 @@ def check(path: Path | None) -> None:
         raise TracekitError(f"{path}: a picture ends in {', '.join(_FORMATS)}")
     if path is not None and not path.absolute().parent.is_dir():
         raise TracekitError(f"{path}: {path.parent} is no folder; make it first")
+    if path is not None and path.exists() and not path.is_file():
+        raise TracekitError(f"{path}: exists, and is no file; choose another name")
 
 
 def save(chart: alt.TopLevelMixin, path: str | Path) -> Path:
@@ -37,6 +40,9 @@ def save(chart: alt.TopLevelMixin, path: str | Path) -> Path:
         partial.replace(path)
     except OSError as error:
         raise TracekitError(f"{path}: {error.strerror}") from None
+    finally:
+        with suppress(OSError):
+            partial.unlink()
     return path
 
 

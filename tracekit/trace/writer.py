@@ -92,10 +92,13 @@ class TraceWriter:
                 writer._insert("runs", _transposed("runs", rows))
             writer._con.commit()
         except (duckdb.Error, OSError) as error:
-            if writer is not None:
-                writer.discard()
             if held := held_by(error):  # of two that come at once, one is first
                 raise Taken(f"{path}: {held}") from None
+            if writer is not None:
+                writer._con.close()
+            with contextlib.suppress(OSError):
+                if path.exists():  # DuckDB makes a file before it knows whether there is room for anything in it
+                    delete(path)
             raise TracekitError(f"{path}: cannot be written ({first_line(error)})") from None
         return writer
 

@@ -387,6 +387,43 @@ def test_slots_record_together(models, prompts, tmp_path):
     assert "--parallel 9" in tracekit("tune", path, "--parallel", 9, code=2).stderr
 
 
+@pytest.mark.parametrize(
+    ("verb", "options"),
+    [
+        ("record", ["--prompts", "tune", "--max-tokens", "200"]),
+        ("calibrate", ["--slots", "1", "--contexts", "16", "--blocks", "1000"]),
+    ],
+)
+def test_full_disk_stops_a_verb_that_records(models, tmp_path, verb, options):
+    """Nothing is generated that is not recorded: one line says so at once, and there are no results of a part."""
+    path = tmp_path / "t.duckdb"
+    code = """if True:
+        import os, resource, sys
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, resource.RLIM_INFINITY))
+        os.execv(sys.executable, [sys.executable, "-m", "tracekit", *sys.argv[1:]])
+    """
+    command = [sys.executable, "-c", code, verb, models["plain"], "-o", path, *options, "--threads", "1", "--json"]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert (result.returncode, result.stdout) == (2, "")
+    said = [line for line in result.stderr.splitlines() if not re.match(r"(tokens|decodes): ", line)]  # progress
+    assert len(said) == 1
+    assert re.match(r"tracekit: error: .*t\.duckdb: recording stopped \(.*too large", said[0])
+    (counts,) = json.loads(tracekit("sql", path, "SELECT count(*) AS n FROM steps", "--json").stdout)
+    assert 0 < counts["n"] < 10_000
+
+
+def test_requests_that_the_context_ends_are_counted(models, prompts, tmp_path):
+    """Fewer tokens than were asked for, for lack of context, are no silent matter."""
+    wanted = ["record", models["plain"], "--prompts", prompts, "--no-baseline", *FAST]
+    result = tracekit(*wanted, "-o", tmp_path / "a.duckdb", "--ctx-size", "16", "--json")
+    assert json.loads(result.stdout)["ended_at_context"] == 6
+    says = "6 of 6 requests ended where the context of 16 tokens did; raise --ctx-size"
+    assert result.stderr.count(says) == 1
+    result = tracekit(*wanted, "-o", tmp_path / "b.duckdb", "--json")
+    assert json.loads(result.stdout)["ended_at_context"] == 0
+    assert "--ctx-size" not in result.stderr
+
+
 MISTAKES = [
     (["replay", "missing.duckdb"], "no such file"),
     (["replay", "{trace}", "--policy", "static:n_max=40"], "record with --n-max 40"),

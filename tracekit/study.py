@@ -135,12 +135,7 @@ def recording(
     """
     with Engine(*made, **options) as engine, tell.progress(what) as show:
         recorder = engine.recorder
-
-        def update(done: int, total: int) -> None:
-            recorder.demand()
-            show(done, total)
-
-        yield engine, update
+        yield engine, recorder.demanding(show)
     recorder.demand()
 
 

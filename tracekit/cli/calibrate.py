@@ -66,7 +66,7 @@ def calibrate(
         out.progress("decodes") as update,
     ):
         recorder = engine.recorder
-        measure(engine, sweep, plan, Sampling(temp=temp, seed=seed), update)
+        measure(engine, sweep, plan, Sampling(temp=temp, seed=seed), recorder.demanding(update))
     recorder.demand()
     cells = surface.surface(open_trace(output))
     if json:

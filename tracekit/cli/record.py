@@ -69,13 +69,16 @@ def record(
         recorder = engine.recorder
         if tuned is not None:
             warn(tuned, policy, model, n_slots=parallel)
-        done = record_requests(engine, requests, mode == "probe" if baseline is None else baseline, update)
+        baselines = mode == "probe" if baseline is None else baseline
+        done = record_requests(engine, requests, baselines, recorder.demanding(update))
+    recorder.demand()
     summary = {
         "file": str(output),
         "requests": len(done),
         "tokens": sum(len(c.tokens) for c in done),
         "bytes": output.stat().st_size,
-        "complete": not recorder.failed,
+        "complete": True,
+        "ended_at_context": sum(c.stop == "context" for c in done),
     }
     if json:
         out.print_json(summary)
@@ -84,5 +87,9 @@ def record(
             f"{summary['requests']} requests, {summary['tokens']} tokens in the {mode} arm, "
             f"{summary['bytes'] / 1e6:.1f} MB"
         )
-    recorder.demand()
+    if n := summary["ended_at_context"]:
+        out.say(
+            f"warning: {n} of {len(done)} requests ended where the context of {settings.n_ctx} tokens did; raise "
+            "--ctx-size"
+        )
     out.wrote(output)

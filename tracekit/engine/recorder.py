@@ -51,7 +51,7 @@ class Recorder:
         self._sensors = sensors or GpuSensors()
         self.run = run["run"]
         self.path = Path(path)
-        self.failed, self.cut_off = "", False
+        self.failed, self.cut_off, self._demanded = "", False, False
         self._journal_bytes = journal_bytes
         try:
             self._replaced = Replaced(self.path) if force else None
@@ -117,9 +117,12 @@ class Recorder:
             self.failed = first_line(error)
             self.began = self.ended = self.stepped = self.verified = self.plain = _ignore
             self._pending = Pending(self.run)
-            log.error(
-                "recording into %s stopped (%s); generation goes on, what was written is kept", self.path, self.failed
-            )
+            if not self._demanded:
+                log.error(
+                    "recording into %s stopped (%s); generation goes on, what was written is kept",
+                    self.path,
+                    self.failed,
+                )
 
     def close(self, n_checked: int = 0, n_diverged: int = 0) -> None:
         """Write the rest and close the file; the counts are a probe's (see the table ``run_ends``). A run that was
@@ -154,6 +157,18 @@ class Recorder:
         self._writer.discard()
         if self._replaced is not None:
             self._replaced.put_back()
+
+    def demanding(self, progress: Callable[[int, int], None]) -> Callable[[int, int], None]:
+        """``progress``, and :meth:`demand` before it. From now on that alone tells of a failure: who has asked for this
+        calls :meth:`demand` after the end, too.
+        """
+        self._demanded = True
+
+        def update(done: int, total: int) -> None:
+            self.demand()
+            progress(done, total)
+
+        return update
 
     def demand(self) -> None:
         """Raise :class:`TracekitError` where recording has failed: for those who record to have the trace."""

@@ -18,7 +18,6 @@ import duckdb
 import pytest
 
 from tracekit import campaign
-from tracekit.campaign import PLANS, read_plan, shipped_plans
 from tracekit.cli.campaign import _draw
 from tracekit.cli.campaign import campaign as verb
 from tracekit.engine import Engine, lib
@@ -27,6 +26,7 @@ from tracekit.engine.gpu import GpuSensors, gpus
 from tracekit.engine.placement import Placement
 from tracekit.engine.recorder import Recorder
 from tracekit.errors import TracekitError
+from tracekit.plans import PLANS, read_plan, shipped_plans
 from tracekit.policy import file
 from tracekit.report.stats import summarise
 from tracekit.study import Finding, Study, Teller, Workload, complete, conduct, recording

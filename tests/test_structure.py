@@ -30,10 +30,11 @@ MAY_IMPORT = {
     "verify": {"errors", "trace", "policy", "replay", "engine"},
     "study": {"errors", "trace", "policy", "replay", "tune", "engine", "model", "verify"},
     "demo": {"errors", "engine", "model", "study"},
-    "campaign": {"errors", "policy", "engine", "model", "study"},
+    "plans": {"errors", "policy", "engine", "model", "study"},
+    "campaign": {"errors", "policy", "engine", "model", "study", "plans"},
     "api": {"errors", "trace", "policy", "replay", "tune", "report"},
     "cli": {"errors", "trace", "policy", "replay", "tune", "report", "engine", "model", "verify", "study", "demo"}
-    | {"campaign", "folders"},
+    | {"plans", "campaign", "folders"},
     "__main__": {"errors", "cli"},
     "__init__": set(),
 }

@@ -38,9 +38,10 @@ def campaign(
     """Build models of production-like sizes here, calibrate, record, tune and verify them; leaves one small folder."""
     import time
 
-    from tracekit.campaign import Campaign, Pause, read_plan
+    from tracekit.campaign import Campaign, Pause
     from tracekit.errors import TracekitError
     from tracekit.folders import cache_folder
+    from tracekit.plans import read_plan
 
     wanted, text = read_plan(plan)
     if not minutes >= 0:

@@ -247,7 +247,7 @@ def test_rows_of_a_fused_batch_are_its_own(models, settings, monkeypatch):
         (lambda m, s: Settings(n_max=100, n_batch=64), "cannot verify"),
         (lambda m, s: Settings(cache_type_k="int3"), "one of"),
         (lambda m, s: Settings(n_ctx=1), "8 or more"),
-        (lambda m, s: Settings(cache_type_v="q8_0", flash_attn="off"), "cache_type_v q8_0 needs flash attention"),
+        (lambda m, s: Settings(cache_type_v="q8_0", flash_attn="off"), "--cache-type-v q8_0 needs flash attention"),
         (lambda m, s: Sampling(temp=-1), "between"),
         (lambda m, s: Sampling(seed=2**32 - 1), "between 0 and 4294967294"),  # llama.cpp: another seed each time
         (lambda m, s: Sampling(seed=1.5), "seed 1.5: a whole number between"),

@@ -226,7 +226,7 @@ class Campaign:
         made = model, parse_one(live.policy), settings, sidecar
         with recording(self.tell, "tokens", *made, trace=path) as (engine, update):
             requests = self.plan.workload().requests("tune")
-            record(engine, [_led_up_to(engine, r, live.context, requests) for r in requests], True, update)
+            record(engine, [_led_up_to(engine, r, live.room(r.max_tokens), requests) for r in requests], True, update)
         self._weigh(path)
 
     def _weigh(self, path: Path) -> None:
@@ -235,12 +235,9 @@ class Campaign:
             self.tell.say(f"warning: {path} has {size:.0f} MB; fewer prompts or tokens make it less")
 
 
-def _led_up_to(engine: Engine, request: Request, n_ctx: int, others: list[Request]) -> Request:
-    """``request`` with other prompts before its own, so that its last token falls near the end of ``n_ctx`` tokens."""
+def _led_up_to(engine: Engine, request: Request, room: int, others: list[Request]) -> Request:
+    """``request`` with other prompts before its own, so that there are ``room`` tokens; its own are no more."""
     own = engine.model.tokenize(request.prompt)
-    room = n_ctx - request.max_tokens - 1
-    if len(own) > room:
-        raise TracekitError(f"prompt {request.prompt_id}: {len(own)} tokens, but a context of {n_ctx} leaves {room}")
     before = [t for other in others if other is not request for t in engine.model.tokenize(other.prompt)[1:]]
     missing = room - len(own)
     filler = (before * (missing // len(before) + 1))[:missing] if before else []

@@ -13,7 +13,7 @@ import polars as pl
 
 from tracekit.engine import Settings
 from tracekit.errors import TracekitError
-from tracekit.model.build import build
+from tracekit.model.build import build, grown
 from tracekit.study import ENDINGS, Finding, Study, Teller, Workload, conduct, remove
 
 N_MAX = 8
@@ -34,6 +34,17 @@ class Plan:
     threads: int
     workload: Workload
 
+    @property
+    def settings(self) -> Settings:
+        """The engine's. Raises :class:`TracekitError` for values that cannot work."""
+        exact = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off"} if self.dtype == "f32" else {}
+        return Settings(n_max=N_MAX, threads=self.threads, **exact)
+
+    def check(self) -> None:
+        """Raise :class:`TracekitError` for what a stage would refuse."""
+        grown(self.layers, self.width or None, self.dtype)
+        self.workload.check(self.settings)
+
 
 @dataclass(frozen=True)
 class Story:
@@ -51,8 +62,10 @@ class Story:
 def run(plan: Plan, folder: Path, tell: Teller, force: bool = False, resume: bool = False) -> Story:
     """The demo in ``folder``.
 
-    Raises :class:`TracekitError` for a folder in use: ``force`` starts again there, ``resume`` goes on.
+    Raises :class:`TracekitError` for a plan that cannot be run, before anything is written, and for a folder in use:
+    ``force`` starts again there, ``resume`` goes on.
     """
+    plan.check()
     _open(folder, plan, force, resume)
     heads = [_head(plan, folder, name, tell) for name in HEADS]
     return Story(heads, [folder / f"{h.name}.{ending}" for h in heads for ending in ENDINGS])
@@ -90,6 +103,4 @@ def _head(plan: Plan, folder: Path, name: str, tell: Teller) -> Finding:
                 model, layers=plan.layers, width=plan.width or None, misaligned=name == "misaligned",
                 dtype=plan.dtype, progress=update,
             )  # fmt: skip  # what is built, then how
-    exact = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off"} if plan.dtype == "f32" else {}
-    settings = Settings(n_max=N_MAX, threads=plan.threads, **exact)
-    return conduct(Study(folder, name, model, None, settings, plan.workload), tell)
+    return conduct(Study(folder, name, model, None, plan.settings, plan.workload), tell)

@@ -15,10 +15,12 @@ from typing import Any
 
 from tracekit.engine import Engine, Probe, Request, Sampling, Settings
 from tracekit.engine.record import as_requests, record
+from tracekit.errors import TracekitError
 from tracekit.model.prompt_sets import Prompt, load
 from tracekit.policy import file
 from tracekit.policy.file import PolicyFile
 from tracekit.replay.league import League
+from tracekit.replay.serving import Serving
 from tracekit.trace import files
 from tracekit.trace.store import NoRun, open_trace
 from tracekit.tune.evidence import tune
@@ -42,7 +44,8 @@ class Teller:
 @dataclass(frozen=True)
 class Workload:
     """What is generated. ``prompts`` per category to record (half as many, rounded up, are held out for verifying), 0
-    for all that ship; ``temp`` 0 is greedy; ``repeats`` of every live run.
+    for all that ship; ``temp`` 0 is greedy; ``repeats`` of every live run. Raises :class:`TracekitError` for values
+    that cannot work.
     """
 
     max_tokens: int
@@ -50,6 +53,24 @@ class Workload:
     repeats: int
     prompts: int
     seed: int
+
+    def __post_init__(self):
+        shortest = Serving().shortest  # on one slot, where some of every study's requests run
+        for name, value, least in (
+            ("max-tokens", self.max_tokens, shortest),
+            ("repeats", self.repeats, 1),
+            ("prompts", self.prompts, 0),
+        ):
+            if value < least:
+                raise TracekitError(f"--{name} {value}: {least} or more")
+        Sampling(temp=self.temp, seed=self.seed)
+
+    def check(self, settings: Settings) -> None:
+        """Raise :class:`TracekitError` where an engine with ``settings`` can never generate as much, or never draft."""
+        if settings.n_max < 1:
+            raise TracekitError(f"--n-max {settings.n_max}: 1 or more; a study compares drafting")
+        if self.max_tokens >= settings.n_ctx:
+            raise TracekitError(f"--max-tokens {self.max_tokens}: fewer than the {settings.n_ctx} of a slot's context")
 
     def requests(self, name: str) -> list[Request]:
         """The requests of the shipped prompt set ``name``, ``tune`` or ``heldout``; request ``i`` has seed ``i``."""

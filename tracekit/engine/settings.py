@@ -16,6 +16,7 @@ MOST_SLOTS = 256  # LLAMA_MAX_SEQ
 MOST_DRAFTS = 254  # the simulator counts right ones in 8 bits (tracekit.replay.arrays), and 255 has a meaning there
 MOST_TOKENS = 2**31 - 1  # of all slots
 FLASH_ATTN = {"auto": -1, "off": 0, "on": 1}  # llama_flash_attn_type
+_OPTIONS = {"n_slots": "--parallel", "n_ctx": "--ctx-size", "n_batch": "--batch-size", "n_ubatch": "--batch-size"}
 
 
 def physical_cores() -> int:
@@ -66,29 +67,34 @@ class Settings:
             ("n_max", 0),
         ):
             if getattr(self, name) < least:
-                raise TracekitError(f"{name} {getattr(self, name)}: {least} or more")
+                raise TracekitError(f"{self._told(name)}: {least} or more")
         for name, known in (("cache_type_k", CACHE_TYPES), ("cache_type_v", CACHE_TYPES), ("flash_attn", FLASH_ATTN)):
             if getattr(self, name) not in known:
-                raise TracekitError(f"{name} {getattr(self, name)}: one of {', '.join(known)}")
+                raise TracekitError(f"{self._told(name)}: one of {', '.join(known)}")
         if self.cache_type_v == "q8_0" and self.flash_attn == "off":
-            raise TracekitError("cache_type_v q8_0 needs flash attention; flash_attn auto or on, or another type")
+            raise TracekitError("--cache-type-v q8_0 needs flash attention: --flash-attn auto or on, or another type")
         for name, most in (
             ("threads", MOST_THREADS),
             ("n_slots", MOST_SLOTS),
             ("n_ctx", MOST_TOKENS // self.n_slots),
+            ("n_batch", MOST_BATCH),
             ("n_max", MOST_DRAFTS),
         ):
             if getattr(self, name) > most:
-                raise TracekitError(f"{name} {getattr(self, name)}: {most} or less")
-        if self.n_batch > MOST_BATCH:
-            raise TracekitError(f"n_batch {self.n_batch}: {MOST_BATCH} or less")
+                raise TracekitError(f"{self._told(name)}: {most} or less")
         if self.n_slots * (self.n_max + 1) > self.n_batch:
             raise TracekitError(
-                f"n_batch {self.n_batch} cannot verify n_max {self.n_max} drafts for {self.n_slots} slots; "
-                "raise n_batch or lower n_max"
+                f"{self._told('n_batch')} cannot verify {self.n_max} drafts (--n-max) in each of {self.n_slots} slots "
+                "(--parallel); raise --batch-size or lower --n-max"
             )
         if not self.threads:
             object.__setattr__(self, "threads", physical_cores())
+
+    def _told(self, name: str) -> str:
+        """A field and its value as on the command line, and the name in Python where that is another."""
+        option = _OPTIONS.get(name)
+        value = getattr(self, name)
+        return f"{option} {value} ({name})" if option else f"--{name.replace('_', '-')} {value}"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for a trace's provenance."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from tracekit.errors import TracekitError
 from tracekit.model import expand, weights
+from tracekit.model.weights import Weights
 
 REFERENCE = Path(__file__).parent / "reference.gguf"
 
@@ -31,24 +32,34 @@ def build(
     ``dtype``: ``f16`` or ``f32`` matrices. Raises :class:`TracekitError`.
     """
     out = Path(out)
-    if seed < 0:
-        raise TracekitError(f"--seed {seed}: 0 or more")
     if out.exists() and not out.is_file():
         raise TracekitError(f"{out}: exists, and is no file; choose another name")
     if out.exists() and not force:
         raise TracekitError(f"{out}: exists; choose another name or give --force")
-    if dtype not in weights.TYPES:
-        raise TracekitError(f"--type {dtype}: one of {', '.join(weights.TYPES)}")
-    model = weights.read(source)
-    if width is not None:
-        model = expand.widen(model, width, seed)
-    if layers is not None:
-        model = expand.deepen(model, layers, seed)
+    model = grown(layers, width, dtype, seed, source)
     if misaligned:
         model = expand.misalign(model, seed)
     if sidecar:
         model = expand.sidecar(model)
     return weights.write(model, out, dtype, progress)
+
+
+def grown(
+    layers: int | None = None,
+    width: int | None = None,
+    dtype: str = "f16",
+    seed: int = 0,
+    source: str | Path = REFERENCE,
+) -> Weights:
+    """What :func:`build` writes of these, tensors yet to be made. Raises :class:`TracekitError` as it does."""
+    if seed < 0:
+        raise TracekitError(f"--seed {seed}: 0 or more")
+    if dtype not in weights.TYPES:
+        raise TracekitError(f"--type {dtype}: one of {', '.join(weights.TYPES)}")
+    model = weights.read(source)
+    if width is not None:
+        model = expand.widen(model, width, seed)
+    return model if layers is None else expand.deepen(model, layers, seed)
 
 
 def inspect(path: str | Path) -> dict[str, Any]:

@@ -75,6 +75,8 @@ def read(path: str | Path) -> Weights:
     if arch != ARCH:
         raise TracekitError(f"{path}: architecture {arch}; only {ARCH} files can be expanded")
     nextn = get(f"{ARCH}.nextn_predict_layers")
+    if not any(tensor.name.startswith("blk.0.") for tensor in reader.tensors):
+        raise TracekitError(f"{path}: holds no layer 0, only a drafter (a sidecar); give the model that it belongs to")
     return Weights(
         n_layer=get(f"{ARCH}.block_count") - nextn,
         n_layer_nextn=nextn,
@@ -100,6 +102,9 @@ def open_gguf(path: str | Path) -> gguf.GGUFReader:
     try:
         return gguf.GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError) as error:
+        with Path(path).open("rb") as file:
+            if file.read(4) == b"GGUF":
+                raise TracekitError(f"{path}: truncated or damaged; make it, or copy it, again") from None
         raise TracekitError(f"{path}: not a GGUF file ({error})") from None
 
 

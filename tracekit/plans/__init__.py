@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,9 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, FilePath, ValidationError, fi
 
 from tracekit.engine import Settings
 from tracekit.engine import calibrate as surface
+from tracekit.engine.model import Model
 from tracekit.engine.record import wave_of
 from tracekit.errors import TracekitError
-from tracekit.model.build import REFERENCE
+from tracekit.model.build import REFERENCE, grown
 from tracekit.model.prompt_sets import SETS
 from tracekit.policy.spec import parse_one
 from tracekit.study import Workload
@@ -30,11 +31,16 @@ HELD_OUT = SETS["heldout"]  # prompts of every category; over several slots, one
 
 @contextmanager
 def _refused(where: str = "") -> Iterator[None]:
-    """What is refused within is wrong with the plan, ``where``."""
+    """What is refused within is wrong with the plan, ``where``; an option that is named, in a table (``where`` ends in
+    a dot) or on its own, is a key there.
+    """
     try:
         yield
     except TracekitError as error:
-        raise ValueError(f"{where}{str(error).removeprefix('--')}") from None
+        named = re.match(r"--([a-z-]+) (\S*): ", why := str(error))
+        if named and (not where or where.endswith(".")):
+            why = f"{named[1].replace('-', '_')} = {named[2]}: {why[named.end() :]}"
+        raise ValueError(f"{where}{why}") from None
 
 
 class _Strict(BaseModel):
@@ -52,13 +58,17 @@ class Size(_Strict):
     type: Literal["f16", "f32"] = "f16"
     source: FilePath = REFERENCE
 
+    def check(self) -> None:
+        """Raise :class:`TracekitError` where it cannot be built."""
+        grown(self.layers, self.width, self.type, source=self.source)
+
 
 class Surface(_Strict):
     """What is calibrated (:class:`tracekit.engine.calibrate.Plan`)."""
 
     n_max: int
-    slots: tuple[int, ...]
-    contexts: tuple[int, ...]
+    slots: tuple[int, ...] = Field(min_length=1)
+    contexts: tuple[int, ...] = Field(min_length=1)
     steps: int
     blocks: int
 
@@ -70,7 +80,8 @@ class Surface(_Strict):
     def settings(self, base: Settings) -> Settings:
         """``base`` with room for it. Raises :class:`TracekitError` as :attr:`plan` does."""
         plan = self.plan
-        return replace(base, n_slots=plan.slots[-1], n_max=plan.n_max, n_ctx=plan.n_ctx(base.n_batch))
+        served = replace(base, n_slots=plan.slots[-1], n_max=plan.n_max)  # slots that are too many are refused here
+        return replace(served, n_ctx=plan.n_ctx(base.n_batch))
 
 
 class Live(_Strict):
@@ -94,6 +105,10 @@ class Live(_Strict):
         policy = re.sub(r"[^a-z0-9.]+", "-", parse_one(self.policy).label)
         return f"live-{self.head}-{policy}-{self.slots}x{self.context}"
 
+    def room(self, max_tokens: int) -> int:
+        """Tokens of a prompt for which there is room before ``max_tokens`` are generated."""
+        return self.context - max_tokens - 1
+
 
 class Plan(_Strict):
     """A plan file (TOML); :mod:`tracekit.study` says what the workload's keys mean. ``parallel``: slots of further
@@ -103,10 +118,10 @@ class Plan(_Strict):
     about: str
     require_gpu: bool
     n_max: int
-    max_tokens: int = Field(ge=1)
+    max_tokens: int
     temp: float = Field(ge=0, le=100)
-    prompts: int = Field(ge=0)
-    repeats: int = Field(ge=1)
+    prompts: int
+    repeats: int
     seed: int = Field(ge=0, lt=1 << 31)
     parallel: tuple[Annotated[int, Field(ge=2, le=sum(HELD_OUT.values()))], ...] = ()
     sizes: tuple[Size, ...] = Field(min_length=1)
@@ -116,30 +131,44 @@ class Plan(_Strict):
     @model_validator(mode="after")
     def _can_run(self) -> Plan:
         """What the engine would refuse is refused before anything runs, not at the stage that needs it, hours later."""
-        for key, named in (("sizes", self.sizes), ("live", self.live)):
-            names = [each.name for each in named]
+        named = {key: [each.name for each in getattr(self, key)] for key in ("sizes", "live")}
+        for key, names in (named | {"parallel": list(self.parallel)}).items():
             if twice := [name for name in names if names.count(name) > 1]:
                 raise ValueError(f"{key}: {twice[0]} is there twice")
-        with _refused(f"n_max = {self.n_max}: "):
+        for i, size in enumerate(self.sizes):
+            with _refused(f"sizes.{i}."):
+                size.check()
+        with _refused():
             base = Settings(n_max=self.n_max)
+            self.workload().check(base)
         for slots in self.parallel:
             with _refused(f"parallel = {slots}: "):
                 replace(base, n_slots=slots)
+        with _refused("calibrate."):
+            self.calibrate.plan  # noqa: B018  # raises
         with _refused("calibrate: "):
             self.calibrate.settings(base)
+        longest = max(map(self._longest, {size.source for size in self.sizes}))
         for i, live in enumerate(self.live):
             with _refused(f"live.{i}.slots = {live.slots}, context = {live.context}: "):
                 replace(base, n_slots=live.slots, n_ctx=live.context)
             if getattr(parse_one(live.policy).params, "n_max", 0) > self.n_max:
                 raise ValueError(f"live.{i}.policy = {live.policy}: more drafts than the plan's n_max = {self.n_max}")
-            if live.context <= self.max_tokens:
-                raise ValueError(f"live.{i}.context = {live.context}: no room for max_tokens = {self.max_tokens}")
+            if longest > live.room(self.max_tokens):
+                needs = f"a prompt of {longest} tokens and max_tokens = {self.max_tokens}"
+                raise ValueError(f"live.{i}.context = {live.context}: no room for {needs}")
         return self
+
+    def _longest(self, source: Path) -> int:
+        """Tokens of the longest prompt that is recorded live."""
+        with closing(Model(source, gpu_layers=0, mtp=False)) as model:
+            return max(len(model.tokenize(request.prompt)) for request in self.workload().requests("tune"))
 
     def workload(self, n_slots: int = 1) -> Workload:
         """What a study over ``n_slots`` generates: enough to record a wave, and to verify with every slot in use."""
-        fill = -(-wave_of(n_slots) // len(HELD_OUT)) if self.prompts else 0
-        return Workload(self.max_tokens, self.temp, self.repeats, max(self.prompts, fill), self.seed)
+        fill = -(-wave_of(n_slots) // len(HELD_OUT))
+        prompts = max(self.prompts, fill) if self.prompts > 0 else self.prompts
+        return Workload(self.max_tokens, self.temp, self.repeats, prompts, self.seed)
 
 
 def shipped_plans() -> list[str]:

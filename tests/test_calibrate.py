@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import polars as pl
 import pytest
@@ -22,6 +24,7 @@ from tracekit.model.prompt_sets import load
 from tracekit.replay import kernel
 from tracekit.replay.arrays import positions
 from tracekit.replay.costs import _PLAIN, fit, fit_steps, layout, prices_of, steadied
+from tracekit.replay.league import League
 from tracekit.replay.robust import rising
 from tracekit.replay.steps import Steps
 from tracekit.report import pictures, surface
@@ -173,6 +176,24 @@ def test_calibration_prices_a_recorded_trace(wide, tmp_path):
     found = json.loads(tracekit("tune", SHIPPED, "--cost", trace.path, "--space", space, "--json").stdout)
     assert found["n_requests"] == 38
     assert found["cost_model"] == other[0]["cost_model"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("started_at = started_at", None),
+        ("model_sha256 = 'another'", "times are of another model than the trace's"),
+        ('settings = json_merge_patch(settings, \'{"flash_attn": "on"}\')', "flash_attn on and not off"),
+    ],
+)
+def test_times_of_another_model_or_settings_are_a_warning(tmp_path, change, says):
+    """Replay says where the times are of another model, or of settings that costs depend on; else nothing."""
+    other = tmp_path / "other.duckdb"
+    shutil.copy(SHIPPED, other)
+    with duckdb.connect(str(other)) as con:
+        con.execute(f"UPDATE runs SET {change}")
+    warning = League.of(open_trace(SHIPPED), open_trace(other)).warning
+    assert says in warning if says else not warning
 
 
 def test_too_few_drafts_are_refused(calibrated):

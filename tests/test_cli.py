@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from tracekit.model.build import REFERENCE, inspect
 
 from .conftest import N_MAX
 
+H200 = Path(__file__).parent.parent / "traces" / "h200"
 FAST = ["--max-tokens", "24", "--n-max", str(N_MAX), "--threads", "1"]
 
 
@@ -338,6 +340,21 @@ def test_verify_warns_about_another_model(models, tuned, prompts):
     result = tracekit("verify", models["deep"], tuned, "--prompts", prompts, *FAST, "--repeats", 1)
     assert "warning" in result.stderr
     assert "hash differs" in result.stderr
+
+
+def test_generate_warns_of_what_a_policy_was_not_tuned_on(models):
+    """Another model, of the same description or not, more slots, another device, other settings: a line each."""
+    text = tracekit("generate", models["plain"], "x", "--policy", H200 / "8b-aligned-4-slots.toml", "--max-tokens", 2)
+    for part in ("its hash differs", "tuned for 4 slots, here it is 1", "tuned on CUDA0", "threads 16 (here "):
+        assert part in text.stderr
+
+
+def test_verify_warns_of_times_from_elsewhere(models, prompts):
+    """--cost of another model on another device: errors would look like the prediction's."""
+    cost = H200 / "8b-aligned.duckdb"
+    text = tracekit("verify", models["plain"], "off", "--cost", cost, "--prompts", prompts, *FAST, "--repeats", 1)
+    assert "are of another model (its hash differs); of CUDA0: NVIDIA H200" in text.stderr
+    assert "recorded with threads 16 (here 1)" in text.stderr
 
 
 def test_sql_answers_and_explains(recorded):

@@ -30,8 +30,9 @@ def generate(
 ) -> None:
     """Generate text for one prompt with the live engine."""
     import sys
+    from dataclasses import asdict
 
-    from tracekit.cli.tuned import read, warn
+    from tracekit.cli.tuned import read, warn, warn_of_settings
     from tracekit.errors import TracekitError
 
     tuned = read(policy)
@@ -52,9 +53,10 @@ def generate(
     for option in ("spec_draft_backend_sampling", "draft_model"):
         if getattr(engine_options, option) and not mtp:
             raise TracekitError(f"--{option.replace('_', '-')}: policy off drafts nothing; add --policy")
+    warn(tuned, policy, model, settings.n_slots)
+    warn_of_settings(tuned, policy, settings.as_dict() | asdict(sampling))
     out.show_log()
     with Engine(model, chosen, settings, engine_options.draft_model, mtp=mtp, trace=trace, force=force) as engine:
-        warn(tuned, policy, model, engine.model.facts.desc)
         recorder = engine.recorder
         if json:
             done = engine.generate(text, **wanted)

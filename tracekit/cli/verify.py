@@ -45,7 +45,7 @@ def verify(
 
     import polars as pl
 
-    from tracekit.cli.tuned import read, warn, warn_of_settings
+    from tracekit.cli.tuned import read, warn, warn_of_settings, warn_of_times
     from tracekit.errors import TracekitError
     from tracekit.model.prompt_sets import load
     from tracekit.policy import spec
@@ -63,16 +63,15 @@ def verify(
     loaded = load(prompts)
     times = open_trace(cost) if cost else None
 
-    from tracekit.engine.provenance import device_name
     from tracekit.engine.record import as_requests
     from tracekit.verify import Arm, standard_arms
     from tracekit.verify import verify as run
 
-    if tuned.evidence is not None and tuned.evidence.device != device_name():
-        out.say(f"warning: {text} was tuned on {tuned.evidence.device}, this is {device_name()}; record and tune here")
     settings, sampling = engine_options.settings(parallel), sampling_options.sampling()
     warn(tuned, text, model, n_slots=parallel)
     warn_of_settings(tuned, text, settings.as_dict() | asdict(sampling))
+    if times is not None:
+        warn_of_times(times, model, settings.as_dict())
     requests = as_requests(loaded, max_tokens, sampling)
     arms = [*standard_arms(tuned.policy, settings.n_max), *(Arm(p.label, p) for p in others)]
     with out.progress("live runs") as update:

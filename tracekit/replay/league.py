@@ -17,7 +17,7 @@ from tracekit.replay.clairvoyant import clairvoyant_us
 from tracekit.replay.costs import CostModel
 from tracekit.replay.robust import reach_of_ratio
 from tracekit.replay.serving import Serving
-from tracekit.trace.store import TraceFile
+from tracekit.trace.store import TraceFile, recorded_with
 
 _LEVELS = (0.025, 0.975)
 _BUSY = 0.15  # spread of a step's time around its fit; 0.01 to 0.05 where nothing else runs
@@ -116,8 +116,15 @@ class League:
             found.append(f"steps spread by {100 * self.cost.spread_ratio:.0f} % around their fit, as on a busy machine")
         if self.cost.n_blocks == 1:
             found.append("all times are of one stretch: how much the machine drifts is not in the intervals")
-        if unlike := n_slots > 1 and self.trace and self.serving.unlike(Serving.of(self.trace, n_slots)):
-            found.append(f"times are of other settings than the trace's: {unlike}")
+        if self.trace and self.priced:
+            its, here = (of.runs["model_sha256"][-1] for of in (self.priced, self.trace))
+            if its != here:
+                found.append("times are of another model than the trace's: their hashes differ")
+            its, here = (recorded_with(self.trace, of) for of in (self.priced, self.trace))
+            unlike = [f"{name} {its[name]} and not {here[name]}" for name in here if its[name] != here[name]]
+            unlike += filter(None, [self.serving.unlike(Serving.of(self.trace, n_slots))])
+            if unlike:
+                found.append(f"times are of other settings than the trace's: {', '.join(unlike)}")
         longest, known = int((self.positions.n_prompt + self.positions.n_generated).max()), self.cost.most_tokens
         if n_slots == 1 and longest > known:
             reach = f"requests reach {longest} tokens, times were measured up to {known}"

@@ -160,17 +160,22 @@ def verify(
     n_slots, n = settings.n_slots, len(requests)
     if n < n_slots:
         raise TracekitError(f"{n_slots} slots (--parallel) need {n_slots} prompts or more; there are {n}")
+    for arm in arms:  # all of this before hours of live runs
+        if arm.policy is not None:
+            settings.check(arm.policy)
     if times is not None:
         serving = Serving.of(times, n_slots)
         if unlike := serving.unlike(settings):
             raise TracekitError(f"{times.path}: its times are of {unlike}; record it as it is served here")
-        serving.fit(times, settings.n_max)  # before hours of live runs
+        serving.fit(times, settings.n_max)
     rng, runs = random.Random(seed), {}
     states = defaultdict(dict)  # of policies with scope=engine: every repeat of an arm is a run of its own
     requests = rng.sample(list(requests), len(requests))
     with tempfile.TemporaryDirectory(prefix="tracekit-") as folder:
         path, probe = Path(folder) / "probe.duckdb", Probe(settings.n_max, seed)
         with Engine(model, None, settings, draft_model, trace=path, probe=probe) as engine:
+            for request in requests:
+                engine.prepare(request)
             wave = wave_of(n_slots)
             for start in range(0, n, wave):
                 chosen = range(start, min(start + wave, n))

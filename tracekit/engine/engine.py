@@ -100,12 +100,7 @@ class Engine:
             raise
 
     def _check(self, policy: Policy) -> None:
-        wanted = getattr(policy.params, "n_max", 0)
-        if wanted > self.settings.n_max:
-            raise TracekitError(
-                f"policy {policy}: n_max {wanted} is more than the engine's {self.settings.n_max}; raise the "
-                "engine's (--n-max)"
-            )
+        self.settings.check(policy)
         if self._drafter is None and policy.name != "off":
             raise TracekitError(f"policy {policy} drafts, but the engine was started without MTP")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tracekit.errors import TracekitError
+from tracekit.policy.rule import Policy
 
 CACHE_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}  # ggml_type
 MOST_BATCH = 2**15 - 1  # tokens; a trace counts them in 16 bits
@@ -89,6 +90,14 @@ class Settings:
             )
         if not self.threads:
             object.__setattr__(self, "threads", physical_cores())
+
+    def check(self, policy: Policy) -> None:
+        """Raise :class:`TracekitError` for a policy that may ask for more drafts than ``n_max``."""
+        wanted = getattr(policy.params, "n_max", 0)
+        if wanted > self.n_max:
+            raise TracekitError(
+                f"policy {policy}: n_max {wanted} is more than the engine's {self.n_max}; raise the engine's (--n-max)"
+            )
 
     def _told(self, name: str) -> str:
         """A field and its value as on the command line, and the name in Python where that is another."""

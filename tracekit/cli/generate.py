@@ -41,11 +41,15 @@ def generate(
     from tracekit.engine import Engine
 
     settings, sampling = engine_options.settings(), sampling_options.sampling()
+    if prompt == "-" and sys.stdin is None:
+        raise TracekitError("PROMPT: - reads standard input, which is closed")
     try:
         text = sys.stdin.read() if prompt == "-" else prompt
         text.encode()
     except UnicodeError:
         raise TracekitError("PROMPT: not UTF-8 text") from None
+    if force and trace is None:
+        raise TracekitError("--force needs --trace, the file that it overwrites")
     if "" in (stop or ()):
         raise TracekitError("--stop '': an empty text is everywhere; leave it out")
     wanted = {"max_tokens": max_tokens, "sampling": sampling, "stop": tuple(stop or ())}
@@ -86,6 +90,10 @@ def generate(
             f"{facts['tokens_per_second']} tokens/s "
             f"(one run), {facts['accepted']} of {facts['drafted']} drafts accepted in "
             f"{facts['verifications']} verifications"
+        )
+    if done.stop == "context":
+        out.say(
+            f"stopped where the context of {settings.n_ctx} ends, before --max-tokens {max_tokens}: raise --ctx-size"
         )
     if recorder is not None:
         recorder.demand()

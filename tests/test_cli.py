@@ -16,7 +16,11 @@ from scipy.stats import t as student
 from typer.main import get_command
 
 from tracekit.cli.app import app
+from tracekit.engine import Request
+from tracekit.errors import TracekitError
 from tracekit.model.build import REFERENCE, inspect
+from tracekit.policy.spec import parse_one
+from tracekit.verify import Arm, verify
 
 from .conftest import N_MAX
 
@@ -349,12 +353,39 @@ def test_generate_warns_of_what_a_policy_was_not_tuned_on(models):
         assert part in text.stderr
 
 
+def test_generate_says_where_the_context_ends(models):
+    """A text that stops for want of context is not taken for a whole one; nothing is said where it is whole."""
+    short = ["generate", models["plain"], "x = ", "--ctx-size", 32, "--max-tokens"]
+    assert "context of 32 ends, before --max-tokens 5000: raise --ctx-size" in tracekit(*short, 5000).stderr
+    assert "--ctx-size" not in tracekit(*short, 4).stderr
+
+
+def test_a_closed_standard_input_is_one_line(models):
+    """`-` with nothing to read from."""
+    command = f"exec {sys.executable} -m tracekit generate {models['plain']} - <&-"
+    result = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr == "tracekit: error: PROMPT: - reads standard input, which is closed\n"
+
+
 def test_verify_warns_of_times_from_elsewhere(models, prompts):
     """--cost of another model on another device: errors would look like the prediction's."""
     cost = H200 / "8b-aligned.duckdb"
     text = tracekit("verify", models["plain"], "off", "--cost", cost, "--prompts", prompts, *FAST, "--repeats", 1)
     assert "are of another model (its hash differs); of CUDA0: NVIDIA H200" in text.stderr
     assert "recorded with threads 16 (here 1)" in text.stderr
+
+
+@pytest.mark.parametrize(
+    ("policy", "prompt", "says"),
+    [("static:n_max=20", "x", "n_max 20 is more than the engine's 6"), ("off", "x = 1\n" * 900, "do not fit into a")],
+)
+def test_verify_looks_at_everything_before_it_runs_anything(models, settings, policy, prompt, says):
+    """A policy or a prompt that the engine refuses ends it before the first live run, not amid hours of them."""
+    arms = [Arm("no MTP", None), Arm("other", parse_one(policy))]
+    requests = [Request(text, 4, prompt_id=str(i)) for i, text in enumerate(["x", "y", prompt])]
+    with pytest.raises(TracekitError, match=says):
+        verify(models["plain"], arms, requests, settings, progress=lambda *_: pytest.fail("it ran"))
 
 
 def test_sql_answers_and_explains(recorded):
@@ -514,6 +545,17 @@ MISTAKES = [
     (["demo", "-o", "d", "--max-tokens", "5000"], "--max-tokens 5000: fewer than the 1024"),
     (["demo", "-o", "d", "--type", "f8"], "--type f8: one of"),
     (["demo", "-o", "d", "--threads", "-1"], "--threads -1: 0 or more"),
+    (["verify", "{model}", "static:n_max=2", "--also", "static:n_max=20"], "policy static:n_max=20: n_max 20 is more"),
+    (["tune", "{trace}", "-o", "{folder}.toml", "--force"], "is no file; choose another name"),
+    (["doctor", "{folder}.toml"], "a folder; give a GGUF file in it"),
+    (["model", "inspect", "{folder}.toml"], "a folder; give a GGUF file in it"),
+    (["tune", "{trace}", "--force"], "--force needs -o"),
+    (["generate", "{model}", "x", "--force"], "--force needs --trace"),
+    (["doctor", "--gpu-layers", "3"], "--gpu-layers needs a MODEL"),
+    (["model", "build", "-o", "x.gguf", "--seed", "7"], "--seed needs --layers, --width or --misaligned"),
+    (["model", "build", "-o", "x.gguf", "--source", "{sidecar}"], "only a drafter (a sidecar)"),
+    (["model", "inspect", "{cut}"], "truncated or damaged"),
+    (["sql", "{trace}", "select 1; select 2"], "2 statements; ask one at a time"),
     (["nonsense"], "No such command"),
 ]
 
@@ -523,7 +565,13 @@ def test_mistakes_get_one_clear_line(arguments, hint, recorded, tuned, prompts, 
     """Exit code 2, one line that names the fix, nothing on standard output, nothing half-written."""
     space = tmp_path_factory.mktemp("space") / "space.toml"
     space.write_text("[static]\nn_max = [9, 10]\n")
-    places = {"trace": recorded, "tuned": tuned, "prompts": prompts, "model": models["plain"], "space": space}
+    folder, cut = space.parent / "folder", space.parent / "cut.gguf"
+    folder.with_suffix(".toml").mkdir()
+    cut.write_bytes(models["plain"].read_bytes()[:900_000])
+    places = {
+        "trace": recorded, "tuned": tuned, "prompts": prompts, "model": models["plain"], "sidecar": models["sidecar"],
+        "space": space, "folder": folder, "cut": cut,
+    }  # fmt: skip  # what there is, then what is made here
     before = {p: p.stat().st_mtime_ns for p in (recorded, tuned)}
     result = tracekit(*(a.format(**places) for a in arguments), code=2, cwd=tmp_path)
     lines = result.stderr.strip().splitlines()

@@ -32,6 +32,8 @@ def doctor(
         facts["model"] = examine(model, gpu_layers, draft_model)
     elif draft_model is not None:
         raise TracekitError("--draft-model needs a MODEL that it drafts for")
+    elif gpu_layers != -1:
+        raise TracekitError("--gpu-layers needs a MODEL whose layers they are")
     if json:
         out.print_json(facts)
     else:

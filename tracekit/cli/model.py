@@ -39,9 +39,12 @@ def build(
 ) -> None:
     """Write the reference model, as it is or expanded; expansion keeps its output and raises its cost."""
     _need_gguf()
+    from tracekit.errors import TracekitError
     from tracekit.model.build import REFERENCE, inspect
     from tracekit.model.build import build as build_model
 
+    if seed and layers is None and width is None and not misaligned:
+        raise TracekitError("--seed needs --layers, --width or --misaligned: without them nothing is random")
     how = layers, width, misaligned, sidecar, dtype, seed, source or REFERENCE
     with out.progress("tensors") as update:
         path = build_model(output, *how, force=force, progress=update)

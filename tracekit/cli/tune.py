@@ -46,6 +46,7 @@ def tune(
     json: options.Json = False,
 ) -> None:
     """Search policies on a trace and write the best safe one, judged on requests it was not chosen on."""
+    from tracekit.errors import TracekitError
     from tracekit.policy.llama_cpp import server_advice, server_options
     from tracekit.replay.league import League
     from tracekit.report import tables
@@ -55,6 +56,8 @@ def tune(
 
     if output is not None:
         _check(output, force, (trace, cost, space))
+    elif force:
+        raise TracekitError("--force needs -o, the file that it overwrites")
     wanted = None if space is None else read_space(space)
     league = League.of(open_trace(trace), open_trace(cost) if cost else None, parallel)
     with out.progress("policies") as update:
@@ -82,7 +85,9 @@ def _check(output: Path, force: bool, inputs: tuple[Path | None, ...]) -> None:
         raise TracekitError(f"{output}: a policy file ends in .toml")
     if not output.absolute().parent.is_dir():
         raise TracekitError(f"{output}: {output.parent} is no folder; make it first")
-    if output.exists() and (not force or not output.is_file()):
+    if output.exists() and not output.is_file():
+        raise TracekitError(f"{output}: exists, and is no file; choose another name")
+    if output.exists() and not force:
         raise TracekitError(f"{output}: exists; choose another name or give --force")
     if any(path is not None and output.resolve() == path.resolve() for path in inputs):
         raise TracekitError(f"{output}: is what it would be made from; choose another name")

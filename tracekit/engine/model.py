@@ -21,10 +21,16 @@ _CROPPED = {"deepseek4", "mimo2", "qwen3next", "step35"}
 def sha256_of(path: str | Path) -> str:
     """Hash of a whole model, all its shards one after another; computed once per process and version of the files."""
     path = Path(path)
-    if not path.is_file():
-        raise TracekitError(f"{path}: no such model; `tracekit model build -o {path}` writes the reference model")
+    _demand_file(path)
     files = [file for file in shards(path) if file.is_file()]
     return _sha256(tuple(files), tuple(file.stat().st_mtime_ns for file in files))
+
+
+def _demand_file(path: Path) -> None:
+    if path.is_dir():
+        raise TracekitError(f"{path}: a folder; give a GGUF file in it")
+    if not path.is_file():
+        raise TracekitError(f"{path}: no such model; `tracekit model build -o {path}` writes the reference model")
 
 
 @cache
@@ -69,8 +75,7 @@ class Model:
 
     def __init__(self, path: str | Path, gpu_layers: int = -1, mtp: bool = True, sidecar: bool = False):
         self.path = Path(path)
-        if not self.path.is_file():
-            raise TracekitError(f"{path}: no such model; `tracekit model build -o {path}` writes the reference model")
+        _demand_file(self.path)
         with self.path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise TracekitError(f"{path}: not a GGUF file")

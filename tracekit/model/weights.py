@@ -97,6 +97,8 @@ def read(path: str | Path) -> Weights:
 
 def open_gguf(path: str | Path) -> gguf.GGUFReader:
     """A reader of the GGUF file ``path``. Raises :class:`TracekitError` where there is none."""
+    if Path(path).is_dir():
+        raise TracekitError(f"{path}: a folder; give a GGUF file in it")
     if not Path(path).is_file():
         raise TracekitError(f"{path}: no such file; `tracekit model build -o {path}` writes the reference model")
     try:

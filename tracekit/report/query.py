@@ -15,10 +15,13 @@ def query(trace: TraceFile, sql: str) -> pl.DataFrame:
     """The result of ``sql``. Raises :class:`TracekitError` where DuckDB refuses it, or where it asks for nothing."""
     with connect(trace.path) as con:
         try:
-            if any(s.type not in _READING for s in con.extract_statements(sql)):
+            statements = con.extract_statements(sql)
+            if any(s.type not in _READING for s in statements):
                 raise TracekitError(
                     "the query would write; a trace is only read: SELECT, DESCRIBE, SHOW, EXPLAIN, PRAGMA"
                 )
+            if len(statements) > 1:
+                raise TracekitError(f"{len(statements)} statements; ask one at a time")
             found = con.sql(sql)
             if found is None:
                 raise TracekitError("the query is empty; `tracekit sql TRACE` prints the tables it can ask")

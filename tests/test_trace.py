@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import subprocess
@@ -24,7 +25,7 @@ from tracekit.trace.files import Replaced, free_path
 from tracekit.trace.fold import batches, fold, storable
 from tracekit.trace.journal import LAYOUT, Journal, entries, journal_of
 from tracekit.trace.pending import Pending
-from tracekit.trace.store import NoRun, open_trace
+from tracekit.trace.store import _NEEDED, NoRun, open_trace
 from tracekit.trace.writer import TraceWriter, columns
 
 TABLES = {
@@ -103,7 +104,7 @@ def test_no_row_is_folded_twice_and_none_left_out(events, data):
 _ROW = rows.Verification(3, 1, 0, 0, 2, 2, 2, 1, 1, 0, 2, "n_max", [5, 6], [0.5, 0.25], [5, 7])
 _RUN = (
     "INSERT INTO runs SELECT 3, 'id', {version}, 'probe', now(), '0', NULL, 8, 'm', 'h', 'a', 'd', 1, 1, 1, NULL, 'l', "
-    "'d', NULL, '{{}}', '{{}}'"
+    "'d', NULL, '" + json.dumps(dict.fromkeys(_NEEDED, 1)).replace("{", "{{").replace("}", "}}") + "', '{{}}'"
 )
 
 
@@ -287,6 +288,17 @@ def test_an_entry_that_was_cut_off_costs_no_other(tmp_path, n_left):
     journal.write_bytes(first + first[:n_left])
     assert open_trace(path).frame("SELECT count(*) AS n FROM verifications")["n"][0] == 1
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("settings", ["{}", "[]", '{"n_slots": 1}'])
+def test_settings_that_are_not_there_are_told(tmp_path, settings):
+    """Everything that reads a trace rests on how it was recorded: what is not told is a line, when it is opened."""
+    path, _ = _cut_off(tmp_path, _ROW)
+    open_trace(path)
+    with duckdb.connect(str(path)) as con:
+        con.execute("UPDATE runs SET settings = ?", [settings])
+    with pytest.raises(TracekitError, match="damaged .the settings of a run have no n_"):
+        open_trace(path)
 
 
 def test_trace_being_recorded_by_this_process_says_so(tmp_path):

@@ -18,6 +18,7 @@ from tracekit.trace.files import held_by, replaced_of
 from tracekit.trace.journal import journal_of
 
 _COSTLY = "threads", "gpu_layers", "cache_type_k", "cache_type_v", "flash_attn"
+_NEEDED = "n_slots", "n_max", "n_batch", "n_ubatch", "kv_unified", "memory", *_COSTLY  # of a run's settings
 PATIENCE_S = 2.0  # with another process that holds the file: a reader that completes it is done by then
 
 
@@ -87,6 +88,9 @@ def open_trace(path: str | Path) -> TraceFile:
             f"{path}: trace of schema version {other}, this tracekit reads {schema.VERSION}; record again, or "
             "use the tracekit that wrote it"
         )
+    for settings in map(json.loads, trace.frame("SELECT DISTINCT settings FROM runs")["settings"]):
+        if missing := [name for name in _NEEDED if not isinstance(settings, dict) or name not in settings]:
+            raise TracekitError(f"{path}: damaged (the settings of a run have no {missing[0]})")
     return trace
 
 

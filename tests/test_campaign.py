@@ -332,6 +332,7 @@ def test_shipped_plans_are_whole(name):
             "max_tokens = 2000: fewer than the 1024 of",
         ),
         (lambda text: text.replace("width = 256", "width = 300"), "sizes.0.width = 300: exact only for 256, 1024"),
+        (lambda text: text.replace('tiny"', f'tiny"\nsource = "{__file__}"'), f"sizes.0: {__file__}: not a GGUF file"),
         (lambda text: text.replace("layers = 6", "layers = 3"), "sizes.0.layers = 3: the model has 5 already"),
         (lambda text: text.replace("parallel = [2]", "parallel = [2, 2]"), "parallel: 2 is there twice"),
         (

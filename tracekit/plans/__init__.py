@@ -31,8 +31,8 @@ HELD_OUT = SETS["heldout"]  # prompts of every category; over several slots, one
 
 @contextmanager
 def _refused(where: str = "") -> Iterator[None]:
-    """What is refused within is wrong with the plan, ``where``; an option that is named, in a table (``where`` ends in
-    a dot) or on its own, is a key there.
+    """What is refused within is wrong with the plan, ``where``; in a table (``where`` ends in a dot), or without one,
+    an option that is named is a key.
     """
     try:
         yield
@@ -40,6 +40,8 @@ def _refused(where: str = "") -> Iterator[None]:
         named = re.match(r"--([a-z-]+) (\S*): ", why := str(error))
         if named and (not where or where.endswith(".")):
             why = f"{named[1].replace('-', '_')} = {named[2]}: {why[named.end() :]}"
+        elif where.endswith("."):
+            where = f"{where[:-1]}: "
         raise ValueError(f"{where}{why}") from None
 
 
@@ -145,8 +147,6 @@ class Plan(_Strict):
             with _refused(f"parallel = {slots}: "):
                 replace(base, n_slots=slots)
         with _refused("calibrate."):
-            self.calibrate.plan  # noqa: B018  # raises
-        with _refused("calibrate: "):
             self.calibrate.settings(base)
         longest = max(map(self._longest, {size.source for size in self.sizes}))
         for i, live in enumerate(self.live):

@@ -14,7 +14,7 @@ from tracekit.replay.robust import reach_of_ratio
 from tracekit.report.surface import as_json, is_calibration, surface, surface_notes
 from tracekit.trace.store import TraceFile
 
-_LEAST_US = 1_000_000  # of generating, of which recording's share is told
+_LEAST_US = 100_000  # of generating, of which recording's share is told
 BROKEN = 0.05  # first-draft acceptance below which a drafter is called broken rather than unlucky
 
 

@@ -269,6 +269,15 @@ def test_tuned_policy_carries_its_evidence(tuned, recorded):
     assert evidence.tokens_per_second_low <= evidence.tokens_per_second <= evidence.tokens_per_second_high
 
 
+def test_tune_replaces_nothing_but_a_policy(recorded, tmp_path):
+    """Other TOML is refused whatever --force says, and before the search."""
+    other = tmp_path / "pyproject.toml"
+    other.write_text("[project]")
+    result = tracekit("tune", recorded, "-o", other, "--force", code=2)
+    assert result.stderr.strip() == f"tracekit: error: {other}: exists, and is no policy file; choose another name"
+    assert other.read_text() == "[project]"
+
+
 def test_tune_with_a_space_of_ones_own(recorded, tmp_path):
     """--space restricts the search; --json prints the evidence."""
     space = tmp_path / "space.toml"

@@ -23,6 +23,7 @@ from tracekit.engine import calibrate as surface
 from tracekit.engine.doctor import demand_gpu, examine, surroundings
 from tracekit.engine.model import sha256_of
 from tracekit.engine.record import record
+from tracekit.engine.settings import EXACT
 from tracekit.errors import TracekitError
 from tracekit.model.build import REFERENCE, build
 from tracekit.plans import Live, Plan, Size
@@ -128,7 +129,7 @@ class Campaign:
             raise Pause
 
     def _settings(self, size: Size, **changes: Any) -> Settings:
-        exact = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off"} if size.type == "f32" else {}
+        exact = EXACT if size.type == "f32" else {}
         base = Settings(n_max=self.plan.n_max, threads=self.threads, gpu_layers=self.gpu_layers, **exact)
         return replace(base, **changes)
 

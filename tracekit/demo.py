@@ -12,6 +12,7 @@ from pathlib import Path
 import polars as pl
 
 from tracekit.engine import Settings
+from tracekit.engine.settings import EXACT
 from tracekit.errors import TracekitError
 from tracekit.model.build import build, grown
 from tracekit.study import ENDINGS, Finding, Study, Teller, Workload, conduct, remove
@@ -37,8 +38,7 @@ class Plan:
     @property
     def settings(self) -> Settings:
         """The engine's. Raises :class:`TracekitError` for values that cannot work."""
-        exact = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off"} if self.dtype == "f32" else {}
-        return Settings(n_max=N_MAX, threads=self.threads, **exact)
+        return Settings(n_max=N_MAX, threads=self.threads, **(EXACT if self.dtype == "f32" else {}))
 
     def check(self) -> None:
         """Raise :class:`TracekitError` for what a stage would refuse."""

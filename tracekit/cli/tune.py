@@ -80,13 +80,13 @@ def tune(
 
 def _check(output: Path, force: bool, inputs: tuple[Path | None, ...]) -> None:
     from tracekit.errors import TracekitError
+    from tracekit.policy.file import check
 
-    if output.suffix != ".toml":
-        raise TracekitError(f"{output}: a policy file ends in .toml")
     if not output.absolute().parent.is_dir():
         raise TracekitError(f"{output}: {output.parent} is no folder; make it first")
     if output.exists() and not output.is_file():
         raise TracekitError(f"{output}: exists, and is no file; choose another name")
+    check(output)  # now, and not when the search is done
     if output.exists() and not force:
         raise TracekitError(f"{output}: exists; choose another name or give --force")
     if any(path is not None and output.resolve() == path.resolve() for path in inputs):

@@ -16,6 +16,7 @@ MOST_THREADS = 512  # GGML_MAX_N_THREADS
 MOST_SLOTS = 256  # LLAMA_MAX_SEQ
 MOST_DRAFTS = 254  # the simulator counts right ones in 8 bits (tracekit.replay.arrays), and 255 has a meaning there
 MOST_TOKENS = 2**31 - 1  # of all slots
+EXACT = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off"}  # float32 as the weights: no near ties
 FLASH_ATTN = {"auto": -1, "off": 0, "on": 1}  # llama_flash_attn_type
 _OPTIONS = {"n_slots": "--parallel", "n_ctx": "--ctx-size", "n_batch": "--batch-size", "n_ubatch": "--batch-size"}
 

@@ -29,10 +29,7 @@ class PolicyFile:
         import tomli_w
 
         path, r = Path(path), self.policy.rule
-        if path.suffix != ".toml":
-            raise TracekitError(f"{path}: a policy file ends in .toml")
-        if path.exists() and not _is_policy(path):
-            raise TracekitError(f"{path}: exists, and is no policy file; choose another name")
+        check(path)
         head: dict[str, Any] = (
             {"name": r.name} if r.path.parent == SHIPPED else {"file": os.path.relpath(r.path, path.resolve().parent)}
         )
@@ -51,11 +48,16 @@ class PolicyFile:
         return path
 
 
-def _is_policy(path: Path) -> bool:
+def check(path: Path) -> None:
+    """Raise :class:`TracekitError` where no policy file can be: another ending, or something that is none."""
+    if path.suffix != ".toml":
+        raise TracekitError(f"{path}: a policy file ends in .toml")
     try:
-        return path.is_file() and "policy" in tomllib.loads(path.read_text("utf-8"))
+        ours = not path.exists() or (path.is_file() and "policy" in tomllib.loads(path.read_text("utf-8")))
     except (OSError, ValueError):
-        return False
+        ours = False
+    if not ours:
+        raise TracekitError(f"{path}: exists, and is no policy file; choose another name")
 
 
 def read(path: str | Path) -> PolicyFile:

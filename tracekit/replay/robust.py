@@ -131,7 +131,8 @@ def beside(x: np.ndarray, y: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     values, groups = np.unique(sizes, return_inverse=True)
     every = members(groups, len(values))
     told = np.array([np.ptp(x[of], axis=0) for of in every]).any(0)
-    levels = np.where(values < 1, values[groups, None] == values, values[groups, None] >= np.maximum(values, 1))
+    size = values[groups, None]
+    levels = np.where(values < 1, size == values, size >= values)
     columns = np.column_stack((x * told, levels)).astype(float)
     products = columns.T @ columns
     medians = np.array([np.median(y[of]) for of in every])

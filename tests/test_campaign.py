@@ -26,7 +26,7 @@ from tracekit.engine.gpu import GpuSensors, gpus
 from tracekit.engine.placement import Placement
 from tracekit.engine.recorder import Recorder
 from tracekit.errors import TracekitError
-from tracekit.plans import PLANS, read_plan, shipped_plans
+from tracekit.plans import PLANS, Studied, read_plan, shipped_plans
 from tracekit.policy import file
 from tracekit.report.stats import summarise
 from tracekit.study import Finding, Study, Teller, Workload, complete, conduct, recording
@@ -334,9 +334,15 @@ def test_shipped_plans_are_whole(name):
         (lambda text: text.replace("width = 256", "width = 300"), "sizes.0.width = 300: exact only for 256, 1024"),
         (lambda text: text.replace('tiny"', f'tiny"\nsource = "{__file__}"'), f"sizes.0: {__file__}: not a GGUF file"),
         (lambda text: text.replace("layers = 6", "layers = 3"), "sizes.0.layers = 3: the model has 5 already"),
-        (lambda text: text.replace("parallel = [2]", "parallel = [2, 2]"), "parallel: 2 is there twice"),
         (
-            lambda text: text.replace("slots = 2", "slots = 0"),
+            lambda text: text.replace('[[studies]]\nhead = "mis', '[[studies]]\nhead = "', 1),
+            "studies: aligned is there twice",
+        ),
+        (lambda text: text.replace('"misaligned"\nslots', '"wrong"\nslots'), "studies.1.head = wrong: input should be"),
+        (lambda text: text.replace("slots = 1", "slots = 99", 1), "studies.0.slots = 99: input should be less than"),
+        (lambda text: text.split("[[studies]]")[0], "nothing to do: no studies, no calibrate, no live"),
+        (
+            lambda text: text.replace("slots = 2\ncontext", "slots = 0\ncontext"),
             "live.0.slots = 0, context = 512: --parallel 0 (n_slots): 1 or more",
         ),
         (
@@ -493,7 +499,7 @@ def test_a_finished_study_needs_no_model(tmp_path, monkeypatch):
     for ending in ("duckdb", "toml", "json"):
         shutil.copy(H200 / f"8b-aligned.{ending}", tmp_path / f"tiny-aligned.{ending}")
     plan = read_plan("smoke")[0]
-    found = campaign.Campaign(plan, tmp_path, tmp_path / "models", QUIET)._study(plan.sizes[0], "aligned")
+    found = campaign.Campaign(plan, tmp_path, tmp_path / "models", QUIET)._study(plan.sizes[0], Studied())
     assert found.verdict.as_json() == _finding().verdict.as_json()
 
 

@@ -187,7 +187,11 @@ def test_what_was_expanded_expands_further(tmp_path):
 
 
 def test_more_text_to_train_on(tmp_path):
-    """A folder of Python sources adds its documents to those of the standard library."""
+    """A folder of Python sources adds its documents to those of the standard library; one that is no Python, or whose
+    expressions are nested too deep to be walked, is left out.
+    """
+    (tmp_path / "python2.py").write_text("print 'no'\n" * 100)
+    (tmp_path / "table.py").write_text("TABLE = " + " + ".join(f"x{i}" for i in range(20_000)))
     functions = "\n".join(f"def function_{i}(a, b):\n    return a + b * {i}\n" for i in range(40))
     (tmp_path / "module.py").write_text(functions)
     library = corpus.documents()

@@ -1,8 +1,8 @@
 """Everything one wants from a machine that is there for an hour: a campaign, in stages that go on where they stopped.
 
 Every size of the reference model in the plan is built on this machine, checked for where it lies, and studied with its
-own drafter, then with one that is never right (a sidecar, so that the trunk is not written twice), then over several
-slots; then the cost surface is calibrated, and live traces are recorded at several slots and contexts. What is worth
+own drafter, or with one that is never right (a sidecar, so that the trunk is not written twice), on one slot or over
+several; then the cost surface is calibrated, and live traces are recorded at several slots and contexts. What is worth
 keeping is one small folder; the models lie elsewhere and can be made again from a seed.
 """
 
@@ -26,7 +26,7 @@ from tracekit.engine.record import record
 from tracekit.engine.settings import EXACT
 from tracekit.errors import TracekitError
 from tracekit.model.build import REFERENCE, build
-from tracekit.plans import Live, Plan, Size
+from tracekit.plans import Live, Plan, Size, Studied, Surface
 from tracekit.policy.spec import parse_one
 from tracekit.study import Finding, Study, Teller, complete, conduct, kept, recording, remove
 
@@ -101,19 +101,17 @@ class Campaign:
         path.write_text(text, "utf-8")
 
     def run(self) -> Iterator[Finding]:
-        """Every stage that is missing, the most telling first, so that a campaign cut short still has a result of every
-        size; yields what each study came to. Raises :class:`Pause` before a stage that would begin after the time
-        given.
+        """Every stage that is missing; yields what each study came to. Of every study, recording and surface all sizes
+        come in turn, so that a campaign cut short still has a result of each. Raises :class:`Pause` before a stage that
+        would begin after the time given.
         """
         plan = self.plan
-        for head in ("aligned", "misaligned"):
+        for study in plan.studies:
             for size in plan.sizes:
-                yield self._study(size, head)
-        for slots in plan.parallel:
+                yield self._study(size, study)
+        if plan.calibrate:
             for size in plan.sizes:
-                yield self._study(size, "aligned", slots)
-        for size in plan.sizes:
-            self._calibrate(size)
+                self._calibrate(size, plan.calibrate)
         for live in plan.live:
             for size in plan.sizes:
                 self._record(size, live)
@@ -190,27 +188,27 @@ class Campaign:
             partial.write_text(json.dumps(known, indent=2) + "\n")
             os.replace(partial, path)
 
-    def _study(self, size: Size, head: str, slots: int = 1) -> Finding:
-        name = f"{size.name}-{head}" + (f"-{slots}-slots" if slots > 1 else "")
+    def _study(self, size: Size, studied: Studied) -> Finding:
+        name, slots = f"{size.name}-{studied.name}", studied.slots
         if found := kept(self.folder, name):  # no model is needed
             return found
         settings = self._settings(size, n_slots=slots, kv_unified=slots > 1)
-        study = Study(self.folder, name, *self._ready(size, head), settings, self.plan.workload(slots))
+        study = Study(self.folder, name, *self._ready(size, studied.head), settings, self.plan.workload(slots))
         finding = conduct(study, self.tell, self._may_go_on)
-        self._weigh(self.folder / f"{study.name}.duckdb")
+        self._weigh(self.folder / f"{name}.duckdb")
         return finding
 
-    def _calibrate(self, size: Size) -> None:
+    def _calibrate(self, size: Size, wanted: Surface) -> None:
         path = self.folder / f"{size.name}-calibration.duckdb"
         if complete(path):
             return
         self._may_go_on()
         model, _ = self._ready(size, "aligned")
-        plan = self.plan.calibrate.plan
+        plan = wanted.plan
         self.tell.say(
             f"[{size.name}] calibrating: slots {plan.slots}, contexts {plan.contexts}, up to {plan.n_max} drafts"
         )
-        settings = self.plan.calibrate.settings(self._settings(size))
+        settings = wanted.settings(self._settings(size))
         sweep = surface.Sweep(plan.n_max, self.plan.seed)
         with recording(self.tell, "decodes", model, None, settings, trace=path, probe=sweep) as (engine, update):
             surface.calibrate(engine, sweep, plan, progress=update)

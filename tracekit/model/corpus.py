@@ -62,22 +62,28 @@ def _documents_in(root: Path, skipped: set[str]) -> list[Document]:
         if skipped & set(path.relative_to(root).parts):
             continue
         try:
-            tree = ast.parse(path.read_text("utf-8", errors="ignore"))
-        except (SyntaxError, ValueError):
+            found += _documents_of(name, ast.parse(path.read_text("utf-8", errors="ignore")))
+        except (SyntaxError, ValueError, RecursionError):  # the last: generated tables, nested too deep to walk
             continue
-        held_out = is_held_out(name)
-        prose = [docstring for docstring in docstrings(tree) if len(docstring) > 400]
-        if prose:
-            found.append(Document("prose", name, "\n\n".join(prose), held_out))
-        sections = literate_sections(tree)
-        for start in range(0, len(sections), 6):
-            found.append(Document("literate", f"{name}#{start}", "\n".join(sections[start : start + 6]), held_out))
-        code = ast.unparse(_without_docstrings(tree))
-        if len(code) > 400:
-            found.append(Document("code", name, code, held_out))
-        snippet = _snippet(name, code)
-        if snippet:
-            found.append(Document("repeat", name, snippet, held_out))
+    return found
+
+
+def _documents_of(name: str, tree: ast.Module) -> list[Document]:
+    """Every document that one module makes."""
+    found: list[Document] = []
+    held_out = is_held_out(name)
+    prose = [docstring for docstring in docstrings(tree) if len(docstring) > 400]
+    if prose:
+        found.append(Document("prose", name, "\n\n".join(prose), held_out))
+    sections = literate_sections(tree)
+    for start in range(0, len(sections), 6):
+        found.append(Document("literate", f"{name}#{start}", "\n".join(sections[start : start + 6]), held_out))
+    code = ast.unparse(_without_docstrings(tree))
+    if len(code) > 400:
+        found.append(Document("code", name, code, held_out))
+    snippet = _snippet(name, code)
+    if snippet:
+        found.append(Document("repeat", name, snippet, held_out))
     return found
 
 

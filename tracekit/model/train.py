@@ -84,20 +84,19 @@ class Stream:
     """Endless batches ``[batch, n_ctx_train + 1]``: documents shuffled, joined by the end of text, cut into rows."""
 
     def __init__(self, documents: list[list[int]], length: int, batch: int, seed: int):
-        self.documents, self.length, self.batch, self.rng = documents, length, batch, random.Random(seed)
-        self.tokens: list[int] = []
+        self.documents = [torch.tensor([0, *document]) for document in documents]
+        self.length, self.batch, self.rng = length, batch, random.Random(seed)
+        self.tokens = torch.tensor([], dtype=torch.long)
 
     def __next__(self) -> Tensor:
-        need = self.batch * self.length + 1
-        while len(self.tokens) < need:
+        used = self.batch * self.length
+        while len(self.tokens) < used + 1:
             order = list(range(len(self.documents)))
             self.rng.shuffle(order)
-            for i in order:
-                self.tokens.append(0)
-                self.tokens.extend(self.documents[i])
-        rows = [self.tokens[i * self.length : (i + 1) * self.length + 1] for i in range(self.batch)]
-        del self.tokens[: self.batch * self.length]
-        return torch.tensor(rows)
+            self.tokens = torch.cat([self.tokens, *(self.documents[i] for i in order)])
+        rows = self.tokens[: used + 1].unfold(0, self.length + 1, self.length)
+        self.tokens = self.tokens[used:]
+        return rows
 
 
 def optimizers(
@@ -197,7 +196,8 @@ def main() -> None:
     documents = corpus.documents(*args.text)
     training = [d for d in documents if not d.held_out]
     tokenizer = tokenizer_of([d.text for d in training], shape.n_vocab)
-    encoded = [tokenizer.encode(d.text).ids for d in training for _ in range(KIND_WEIGHT[d.kind])]
+    tokens = tokenizer.encode_batch([d.text for d in training])
+    encoded = [t.ids for d, t in zip(training, tokens, strict=True) for _ in range(KIND_WEIGHT[d.kind])]
     n_tokens = sum(map(len, encoded))
     print(
         f"{len(training)} training documents, {sum(len(d.text) for d in training)} characters, {n_tokens} "

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FilePath, ValidationError, field_validator, model_validator
 
@@ -26,6 +26,7 @@ from tracekit.policy.spec import parse_one
 from tracekit.study import Workload
 
 PLANS = Path(__file__).parent
+Head = Literal["aligned", "misaligned"]
 HELD_OUT = SETS["heldout"]  # prompts of every category; over several slots, one for each slot at least
 
 
@@ -86,13 +87,27 @@ class Surface(_Strict):
         return replace(served, n_ctx=plan.n_ctx(base.n_batch))
 
 
+class Studied(_Strict):
+    """One study of every size (:mod:`tracekit.study`): with the model's own drafter or with one that is never right,
+    over ``slots`` at once, with more prompts than the plan's where slots would be empty.
+    """
+
+    head: Head = "aligned"
+    slots: int = Field(1, ge=1, le=sum(HELD_OUT.values()))
+
+    @property
+    def name(self) -> str:
+        """Part of its files' names."""
+        return self.head + (f"-{self.slots}-slots" if self.slots > 1 else "")
+
+
 class Live(_Strict):
     """One live recording: ``slots`` at once, each prompt led up to a context of ``context`` tokens."""
 
     policy: str
     slots: int
     context: int
-    head: str = Field("aligned", pattern="^(mis)?aligned$")
+    head: Head = "aligned"
 
     @field_validator("policy")
     @classmethod
@@ -113,8 +128,8 @@ class Live(_Strict):
 
 
 class Plan(_Strict):
-    """A plan file (TOML); :mod:`tracekit.study` says what the workload's keys mean. ``parallel``: slots of further
-    studies, with more prompts where ``prompts`` would leave slots empty.
+    """A plan file (TOML); :mod:`tracekit.study` says what the workload's keys mean. ``studies``, ``calibrate`` and
+    ``live`` are what is done, each with every size: studies in their order, then the surface, then recordings.
     """
 
     about: str
@@ -125,16 +140,18 @@ class Plan(_Strict):
     prompts: int
     repeats: int
     seed: int = Field(ge=0, lt=1 << 31)
-    parallel: tuple[Annotated[int, Field(ge=2, le=sum(HELD_OUT.values()))], ...] = ()
     sizes: tuple[Size, ...] = Field(min_length=1)
-    calibrate: Surface
-    live: tuple[Live, ...]
+    studies: tuple[Studied, ...] = ()
+    calibrate: Surface | None = None
+    live: tuple[Live, ...] = ()
 
     @model_validator(mode="after")
     def _can_run(self) -> Plan:
         """What the engine would refuse is refused before anything runs, not at the stage that needs it, hours later."""
-        named = {key: [each.name for each in getattr(self, key)] for key in ("sizes", "live")}
-        for key, names in (named | {"parallel": list(self.parallel)}).items():
+        if not (self.studies or self.calibrate or self.live):
+            raise ValueError("nothing to do: no studies, no calibrate, no live")
+        for key in ("sizes", "studies", "live"):
+            names = [each.name for each in getattr(self, key)]
             if twice := [name for name in names if names.count(name) > 1]:
                 raise ValueError(f"{key}: {twice[0]} is there twice")
         for i, size in enumerate(self.sizes):
@@ -143,11 +160,12 @@ class Plan(_Strict):
         with _refused():
             base = Settings(n_max=self.n_max)
             self.workload().check(base)
-        for slots in self.parallel:
-            with _refused(f"parallel = {slots}: "):
-                replace(base, n_slots=slots)
-        with _refused("calibrate."):
-            self.calibrate.settings(base)
+        for i, study in enumerate(self.studies):
+            with _refused(f"studies.{i}.slots = {study.slots}: "):
+                replace(base, n_slots=study.slots)
+        if self.calibrate:
+            with _refused("calibrate."):
+                self.calibrate.settings(base)
         longest = max(map(self._longest, {size.source for size in self.sizes}))
         for i, live in enumerate(self.live):
             with _refused(f"live.{i}.slots = {live.slots}, context = {live.context}: "):

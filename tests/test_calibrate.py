@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from tracekit.cli.app import app
 from tracekit.engine import Engine, Request, Sampling, Settings
-from tracekit.engine.calibrate import Plan, Sweep, calibrate
+from tracekit.engine.calibrate import CALM, Plan, Sweep, calibrate
 from tracekit.errors import TracekitError
 from tracekit.model.prompt_sets import load
 from tracekit.replay import kernel
@@ -74,7 +74,7 @@ def test_every_cell_is_measured(calibrated):
     for slots in PLAN.slots:
         for context in PLAN.contexts:
             for k in range(PLAN.n_max + 1):
-                assert n["target", slots, context, k] == PLAN.blocks * (PLAN.steps - 1)
+                assert n["target", slots, context, k] == PLAN.blocks * (PLAN.steps - 1 + (0 if k else CALM))
             assert n["no MTP", slots, context, 0] >= PLAN.blocks * PLAN.n_max
             assert n["draft step", slots, context, 1] == PLAN.blocks * PLAN.steps * (PLAN.n_max - 1)
             assert any(("catch-up", slots, context, r) in n for r in (1, 2, 3, 4, 5))
@@ -140,6 +140,26 @@ def test_stats_show_the_surface(calibrated):
     summary = summarise(trace).as_json()
     assert summary["cells"] == printed["cells"]
     assert summary["acceptance"] == summary["requests"] == []
+
+
+def test_captured_decodes_are_told_apart(calibrated, tmp_path):
+    """Where CUDA launches whole graphs a decode counts from the third of its width on; what capturing costs is told."""
+    trace, printed = calibrated
+    path = shutil.copy(trace.path, tmp_path / "graphs.duckdb")
+    with duckdb.connect(path) as db:
+        db.execute("""UPDATE runs SET machine = json_merge_patch(machine, '{"cuda_graphs": true}')""")
+    cells = surface.surface(open_trace(path))
+    target = cells.filter((pl.col("part") == "target") & (pl.col("size") > 0))
+    assert (target["n"] == PLAN.blocks * (PLAN.steps - 2)).all()
+    assert target["captured_us"].is_not_null().all()
+    assert cells.filter(pl.col("part") == "draft step").equals(
+        surface.surface(trace).filter(pl.col("part") == "draft step")
+    )
+    first, captured = surface.surface_notes(cells)[:2]
+    assert "two before had its width" in first
+    assert "whose graph CUDA captures" in captured
+    assert not any("captures" in note for note in surface.surface_notes(surface.surface(trace)))
+    assert {c["captured_us"] for c in printed["cells"]} == {None}
 
 
 def test_surface_draws(calibrated, tmp_path):
@@ -482,6 +502,7 @@ def curve(us: list[float], noise: float) -> pl.DataFrame:
             "low_us": [u - noise for u in us],
             "high_us": [u + noise for u in us],
             "rebuilt_us": us,
+            "captured_us": [None] * n,
             "step_us": us,
         }
     )
@@ -508,7 +529,9 @@ def test_noise_is_no_jump(wobble):
 
 
 def test_widths_are_drawn_evenly():
-    """A plan asks for every draft length equally often, and for every number of rows caught up again."""
+    """A plan asks for every draft length equally often, but for more steps without drafts, and for every number of rows
+    caught up again.
+    """
 
     class Asked(list):
         """An engine that notes what its sweep asks for."""
@@ -522,8 +545,8 @@ def test_widths_are_drawn_evenly():
     asked = Asked()
     asked.settings, asked.snapshots = Settings(n_max=4), False
     _Calibration(asked, sweep, plan, Sampling(), None)._draft()
-    assert Counter(n for n, _ in asked) == dict.fromkeys(range(5), 5)
-    assert set(Counter(again for n, again in asked if n != 1).values()) == {4}
+    assert Counter(n for n, _ in asked) == dict.fromkeys(range(5), 5) | {0: 5 + CALM}
+    assert set((Counter(again for n, again in asked if n != 1) - Counter({0: CALM})).values()) == {4}
 
 
 MISTAKES = [

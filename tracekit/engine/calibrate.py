@@ -1,8 +1,9 @@
 """Calibration: what decodes cost on a machine, and nothing else; random prompts, so that no workload is needed.
 
 A block goes once through every context, in random order. There the prompts of 1, 4, ... slots are read, and with each
-number of slots every draft length is verified some steps in a row (the first builds llama.cpp's graph again), in
-random order and behind a random number of rows caught up again. Last, drafting is over and the same slots take plain
+number of slots every draft length is verified some steps in a row (the first builds llama.cpp's graph again, the second
+is captured by CUDA), in random order and behind a random number of rows caught up again; without drafts it is more
+steps, until nothing of those before is left in the caches. Last, drafting is over and the same slots take plain
 steps: the baseline without MTP, for which nothing needs to be read again. A recurrent target takes snapshots of its
 state in these too, so its baseline is read and measured again where MTP is not loaded. What drifts from block to block,
 drifts for all.
@@ -23,6 +24,7 @@ from tracekit.errors import TracekitError
 from tracekit.policy.interface import NEVER
 
 Progress = Callable[[int, int], None]
+CALM = 16  # further steps without drafts: as many as a processor's caches take to be the target's again
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Plan:
     @property
     def n_cell(self) -> int:
         """Steps of one number of slots in one context and block, at every draft length."""
-        return (self.n_max + 1) * self.steps
+        return (self.n_max + 1) * self.steps + CALM
 
     @property
     def n_plain(self) -> int:
@@ -184,11 +186,11 @@ class _Calibration:
         lengths = self.rng.sample(range(self.plan.n_max + 1), self.plan.n_max + 1)
         again: list[int] = []
         for length in lengths:
-            for i in range(self.plan.steps):
+            for i in range(self.plan.steps + (0 if length else CALM)):
                 if not again:
                     again = self.rng.sample(range(self.plan.n_max + 1), self.plan.n_max + 1)
                 # a lone draft decode has the shape of the one before where rows repeat: both kinds are wanted
-                self._step(length, i // 2 % 2 if length == 1 else again.pop())
+                self._step(length, 0 if i >= self.plan.steps else i // 2 % 2 if length == 1 else again.pop())
 
     def _step(self, n_drafts: int, again: int = 0) -> None:
         self.sweep.n_max, self.sweep.again = n_drafts, again

@@ -46,6 +46,7 @@ _OCCASIONS = [  # of a target decode, whatever its width
     *(kernel.RESHAPES, kernel.RESHAPES_ONE, kernel.CAPTURES, kernel.CAPTURES_ONE, kernel.SETTLING, kernel.FIRSTS),
     *(kernel.KV, kernel.KV_WIDTH, kernel.KV_ONE, kernel.PAST_WIDTH),
 ]
+_SETTLING = _OCCASIONS.index(kernel.SETTLING)
 _DRAFT_OCCASIONS = [kernel.DRAFT_RESHAPES, kernel.DRAFT_CAPTURES, kernel.KV_DRAFT, kernel.PAST_DRAFT]
 _FIXED = [kernel.LONG_CATCHUPS, kernel.LONG_CATCHUP_ROWS, kernel.PROMPT_CATCHUPS, kernel.PROMPT_CATCHUP_ROWS]
 
@@ -177,6 +178,7 @@ def _price_target(steps: Steps, prices: np.ndarray, n_max: int, before: np.ndarr
     widths = layout(n_max)[0]
     counts = np.column_stack((_occasions(steps), steps.decodes > 0, steps.decodes))
     kind = np.where(steps.mtp == 1, steps.width, steps.loaded - 1)  # without MTP: levels of their own
+    counts[~np.isin(kind, kind[steps.settling == 0]), _SETTLING] = 0  # never calm: level and slope cannot be told apart
     found = beside(counts, steps.target, kind)
     prices[_OCCASIONS], (after, each) = found[:-2], found[-2:]
     on = steps.mtp == 1

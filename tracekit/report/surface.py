@@ -33,8 +33,9 @@ def surface(trace: TraceFile) -> pl.DataFrame:
     ``no MTP``, a plain one; ``off, MTP loaded``, the same where snapshots of a recurrent state are taken in vain;
     ``draft step``, an MTP decode of one row; ``catch-up``, the first of a round, with ``size`` rows. ``tokens``: of
     the whole batch. ``step_us``: median of the whole step (not of a draft step alone), with quartiles. A target decode
-    counts where the one before had the same width, which is what a policy that stays at a draft length pays;
-    ``rebuilt_us`` is the median of the others. Raises :class:`TracekitError` for other traces.
+    counts where the one before had the same width, and where CUDA launches whole graphs the one before that too, if
+    any: what a policy that stays at a draft length pays. ``rebuilt_us`` is the median of those of a new width,
+    ``captured_us`` of those that were captured. Raises :class:`TracekitError` for other traces.
     """
     if not is_calibration(trace):
         raise TracekitError(f"{trace.path}: not a calibration; `tracekit calibrate` writes one")
@@ -42,28 +43,36 @@ def surface(trace: TraceFile) -> pl.DataFrame:
         """WITH depth AS (SELECT run, step, min(n_prompt)::INT AS context,
                                  any_value(settings->>'memory' = 'snapshot' AND arm <> 'no_mtp') AS snapshots
                           FROM verifications JOIN requests USING (run, request) JOIN runs USING (run) GROUP BY ALL),
-           before AS (SELECT *, lag(n_tokens) OVER (PARTITION BY run ORDER BY step) = n_tokens AS same FROM steps),
+           before AS (SELECT steps.*, n_max, coalesce(lag(n_tokens) OVER earlier = n_tokens, false) AS same,
+                             machine->>'cuda_graphs' IS DISTINCT FROM 'true' OR lag(n_tokens, 2) OVER earlier = n_tokens
+                             AS repeated
+                      FROM steps JOIN runs USING (run) WINDOW earlier AS (PARTITION BY run ORDER BY step)),
            plain AS (SELECT *, n_tokens // n_slots - 1 AS n_drafted FROM before JOIN depth USING (run, step)
                      WHERE n_prompt = 0),
            parts AS (
                SELECT CASE WHEN mtp THEN 'target' WHEN snapshots THEN 'off, MTP loaded' ELSE 'no MTP' END AS part,
-                      n_slots, context, n_drafted AS size, n_tokens AS tokens, same, target_us AS us, wall_us AS step_us
+                      n_slots, context, n_drafted AS size, n_tokens AS tokens, same, same AND repeated AS counts,
+                      target_us AS us, wall_us AS step_us
                FROM plain
                UNION ALL
-               SELECT 'draft step', n_slots, context, 1, n_slots, true,
+               SELECT 'draft step', n_slots, context, 1, n_slots, true, true,
                       (draft_us - first_draft_us) / (n_draft_decodes - 1), NULL
                FROM plain WHERE n_draft_decodes > 1
                UNION ALL
-               SELECT 'catch-up', n_slots, context, n_catchup // n_slots, n_catchup, true, first_draft_us, NULL
-               FROM plain JOIN runs USING (run)
-               WHERE n_draft_decodes > 0 AND n_catchup // n_slots <= n_max + 1 AND n_catchup % n_slots = 0)
+               SELECT 'catch-up', n_slots, context, n_catchup // n_slots, n_catchup, true, true, first_draft_us, NULL
+               FROM plain
+               WHERE n_draft_decodes > 0 AND n_catchup // n_slots <= n_max + 1 AND n_catchup % n_slots = 0),
+           found AS (
+               SELECT * REPLACE (counts OR same AND NOT bool_or(counts) OVER cell AS counts)
+               FROM parts WINDOW cell AS (PARTITION BY part, n_slots, context, size))
            SELECT part, n_slots::INT AS slots, context, size::INT AS size, tokens::INT AS tokens,
-                  count(*) FILTER (same)::INT AS n, median(us) FILTER (same) AS median_us,
-                  quantile_cont(us, 0.25) FILTER (same) AS low_us, quantile_cont(us, 0.75) FILTER (same) AS high_us,
-                  median(us) FILTER (NOT same) AS rebuilt_us, median(step_us) FILTER (same) AS step_us,
-                  quantile_cont(step_us, 0.25) FILTER (same) AS step_low_us,
-                  quantile_cont(step_us, 0.75) FILTER (same) AS step_high_us
-           FROM parts GROUP BY ALL HAVING n > 0"""
+                  count(*) FILTER (counts)::INT AS n, median(us) FILTER (counts) AS median_us,
+                  quantile_cont(us, 0.25) FILTER (counts) AS low_us, quantile_cont(us, 0.75) FILTER (counts) AS high_us,
+                  median(us) FILTER (NOT same) AS rebuilt_us,
+                  median(us) FILTER (same AND NOT counts) AS captured_us, median(step_us) FILTER (counts) AS step_us,
+                  quantile_cont(step_us, 0.25) FILTER (counts) AS step_low_us,
+                  quantile_cont(step_us, 0.75) FILTER (counts) AS step_high_us
+           FROM found GROUP BY ALL HAVING n > 0"""
     )
     order = pl.col("part").cast(pl.Enum([NO_MTP, LOADED, TARGET, DRAFT, CATCHUP]))
     return cells.sort(order, "slots", "context", "size")
@@ -171,10 +180,21 @@ def surface_tables(cells: pl.DataFrame) -> list[Table]:
 
 def surface_notes(cells: pl.DataFrame) -> list[str]:
     """What the tables rest on, and what is not in them."""
+    captured = cells.filter(pl.col("captured_us").is_not_null())
+    before = "two before had its width (CUDA repeats its graph then)" if captured.height else "one before had its width"
     notes = [
-        "a decode counts where the one before had its width; tokens to be as fast: medians of whole steps over those "
-        "without MTP, rows caught up at random"
+        f"a decode counts where the {before}; tokens to be as fast: medians of whole steps over those without MTP, "
+        "rows caught up at random"
     ]
+    if captured.height:
+        new, capture = (
+            captured.select((pl.col(us) - pl.col("median_us")).median() / 1000).item()
+            for us in ("rebuilt_us", "captured_us")
+        )
+        notes.append(
+            f"the first decode of a new width took {new:.1f} ms longer, the second, whose graph CUDA captures, "
+            f"{capture:.1f} ms (medians of n = {captured.height} cells)"
+        )
     found = jumps(cells)
     if found.height and not found["beyond_noise"].any():
         largest = found.sort("ratio", descending=True).row(0, named=True)

@@ -522,6 +522,7 @@ def test_a_campaign_that_ends_in_an_error_has_its_tables(tmp_path, monkeypatch):
         ({"gpu_layers": 3}, "began with gpu_layers 3, here it would go on with -1; choose another folder"),
         ({"devices": [{"name": "CUDA0", "description": "H200"}]}, r"began with devices CUDA0 \(H200\), here .* CPU"),
         ({"llama_cpp": "another"}, "began with llama_cpp another, "),
+        ({"machine": {"environment": {"GGML_CUDA_PDL": "0"}}}, "began with environment {'GGML_CUDA_PDL': '0'}, here"),
         ({"models": 3}, r"environment.json: not JSON, or not of a campaign .*; remove it"),
         ({"machine": {"system": "Linux, a kernel later"}}, None),
     ],

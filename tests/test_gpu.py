@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+from types import SimpleNamespace
+
 import pynvml
 import pytest
 
 from tracekit.cli.doctor import doctor
+from tracekit.engine import lib
 from tracekit.engine.doctor import demand_gpu, surroundings
 from tracekit.engine.gpu import GpuSensors, gpus
 from tracekit.errors import TracekitError
@@ -56,3 +61,33 @@ def test_gpus_that_do_not_answer(monkeypatch, capsys):
     facts = {"devices": [], "machine": surroundings()["machine"]}
     with pytest.raises(TracekitError, match=r"shows a GPU \(CUDA_VISIBLE_DEVICES is '1'\), but llama.cpp sees no GPU"):
         demand_gpu(facts)
+
+
+def test_what_llama_cpp_heeds_is_told(monkeypatch, capsys):
+    """Variables that change what a GPU's back end does are in the provenance and in `doctor`; no others are."""
+    for name in ("GGML_CUDA_DISABLE_GRAPHS", "CUDA_VISIBLE_DEVICES", "LLAMA_API_KEY"):
+        monkeypatch.setenv(name, "1")
+    told = surroundings()["machine"]["environment"]
+    assert told == {"GGML_CUDA_DISABLE_GRAPHS": "1", "CUDA_VISIBLE_DEVICES": "1"}
+    doctor()
+    assert "heeded   GGML_CUDA_DISABLE_GRAPHS is '1'" in capsys.readouterr().out
+
+
+CUDA = """
+int cudaPeekAtLastError(void) { return %d; }
+const char *cudaGetErrorString(int code) { return code == 700 ? "an illegal memory access was encountered" : "?"; }
+"""
+
+
+@pytest.mark.parametrize(("code", "told"), [(700, "an illegal memory access was encountered"), (0, "")])
+def test_the_reason_of_a_cuda_error(tmp_path, monkeypatch, code, told):
+    """The CUDA runtime that llama.cpp is linked with is asked what was wrong; here one that is made up."""
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "cuda.c").write_text(CUDA % code)
+    cc = shutil.which("cc") or shutil.which("gcc") or "c++"
+    library = tmp_path / "lib" / "libggml-cuda.so"
+    subprocess.run([cc, "-shared", "-fPIC", "-o", library, tmp_path / "cuda.c"], check=True)
+    monkeypatch.setattr(lib, "llama", SimpleNamespace(__file__=tmp_path / "llama_cpp.py"))
+    assert lib._cuda_error() == told
+    library.unlink()
+    assert lib._cuda_error() == ""

@@ -126,6 +126,24 @@ def test_what_cannot_be_merged(what, models, settings, halves, tmp_path):
     assert {name: os.stat(tmp_path / name).st_size for name in os.listdir(tmp_path)} == before
 
 
+def test_variables_that_llama_cpp_heeds(halves, tmp_path):
+    """What was recorded without CUDA's graphs, say, is not merged with what was recorded with them; runs of before
+    these were noted are as ones without.
+    """
+    paths = [shutil.copy(half, tmp_path / f"{i}.duckdb") for i, half in enumerate(halves)]
+
+    def noted(path, patch):
+        with duckdb.connect(path) as db:
+            db.execute("UPDATE runs SET machine = json_merge_patch(machine, ?)", [json.dumps(patch)])
+
+    noted(paths[0], {"environment": {}})
+    noted(paths[1], {"environment": None})
+    merge(paths, tmp_path / "all.duckdb")
+    noted(paths[1], {"environment": {"GGML_CUDA_DISABLE_GRAPHS": "1"}})
+    with pytest.raises(TracekitError, match="environment {'GGML_CUDA_DISABLE_GRAPHS': '1'}, in .* None"):
+        merge(paths, tmp_path / "more.duckdb")
+
+
 def test_force_replaces_traces_only(halves, tmp_path):
     """With --force an old trace makes room once the new one is complete; another kind of file stays."""
     output = tmp_path / "out.duckdb"

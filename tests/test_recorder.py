@@ -301,6 +301,27 @@ def test_kill_in_the_middle_of_folding_keeps_every_row_once(models, tmp_path, se
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_when_llama_cpp_ends_the_process(models, tmp_path):
+    """An assertion of llama.cpp's, or a CUDA error, ends the process: one line says which, and the trace is there."""
+    path = tmp_path / "t.duckdb"
+    code = """
+        import sys, time
+        from tracekit.engine import Engine, Settings, lib
+        with Engine(sys.argv[1], "static:n_max=3", Settings(n_max=6, threads=1), trace=sys.argv[2]) as engine:
+            engine.generate("import os", max_tokens=20)
+            time.sleep(1.5)
+            lib._ggml().ggml_abort(b"/home/x/ggml-cuda.cu", 109, b"CUDA error: %s/%s", b"a", b"b")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(models["plain"]), str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == -signal.SIGABRT
+    assert result.stderr == (
+        "tracekit: error: llama.cpp ends this process: CUDA error: a/b, ggml-cuda.cu:109; "
+        "a trace that was being recorded keeps all but its last second\n"
+    )
+    assert len(open_trace(path).frame("SELECT tokens FROM verifications").explode("tokens")) == 20
+
+
 def test_full_disk_stops_recording_and_nothing_else(models, tmp_path):
     """When the file cannot grow, one message says so, generation goes on, and what was committed stays readable."""
     path = tmp_path / "t.duckdb"

@@ -34,7 +34,7 @@ KEPT = (".duckdb", ".json", ".png", ".toml", ".txt")
 _STAGES = r"(?:mis)?aligned(?:-\d+-slots)?|calibration|live-(?:mis)?aligned-[a-z0-9.-]+-\d+x\d+"
 _TOLD = r"plan\.toml|environment\.json|tables\.txt|(?:\.partial-)?verdict\.png"
 _TIMED = r"(?:backend_sampling|overhead)\.(?:txt|partial)"  # by benchmarks/cuda.sh
-_SAME = "threads", "gpu_layers", "llama_cpp"  # and devices: what timings depend on
+_SAME = "threads", "gpu_layers", "llama_cpp"  # and devices and environment: what timings depend on
 MOST_BYTES = 16_000_000  # of a trace, to be carried
 
 
@@ -165,6 +165,7 @@ class Campaign:
             known = json.loads(path.read_text("utf-8"))
             pairs = [(name, known[name], now[name]) for name in _SAME if name in known]  # an older file has fewer
             pairs += [("devices", *(_told(of["devices"]) for of in (known, now)))]
+            pairs += [("environment", *(of["machine"].get("environment", {}) for of in (known, now)))]
             known["models"].keys()
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise TracekitError(f"{path}: not JSON, or not of a campaign ({error}); remove it to look again") from None

@@ -55,8 +55,8 @@ def _print(facts: dict[str, Any]) -> None:
             f"{told['compute_capability']}, power limit {'not told' if watts is None else f'{watts:.0f} W'}, "
             f"clock limit {'not told' if clock is None else f'{clock} MHz'}"
         )
-    if machine["cuda_visible_devices"] is not None:
-        print(f"visible  CUDA_VISIBLE_DEVICES is {machine['cuda_visible_devices']!r}")
+    for name, value in machine["environment"].items():
+        print(f"heeded   {name} is {value!r}")
     if machine["cuda_graphs"] is not None:
         print(f"graphs   CUDA launches {'whole graphs' if machine['cuda_graphs'] else 'single kernels'}")
     print(f"machine  {machine['processor']}, {machine['cpus']} CPUs, Python {machine['python']}")

@@ -32,7 +32,7 @@ def demand_gpu(facts: dict[str, Any]) -> None:
     that llama.cpp can use, and of a model that lies on it.
     """
     if all(lib.is_processor(device["name"]) for device in facts["devices"]):
-        gpus, visible = facts["machine"]["gpus"], facts["machine"].get("cuda_visible_devices")
+        gpus, visible = facts["machine"]["gpus"], facts["machine"].get("environment", {}).get("CUDA_VISIBLE_DEVICES")
         hidden = "" if visible is None else f" (CUDA_VISIBLE_DEVICES is {visible!r})"
         seen = f"the driver shows {gpus[0]['name'] or 'a GPU'}{hidden}, but " if gpus else ""
         raise TracekitError(

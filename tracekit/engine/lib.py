@@ -133,7 +133,42 @@ def _hush() -> None:
     ggml.ggml_log_set(ctypes.cast(llama._lib.llama_supports_mmap, ctypes.c_void_p), None)  # which does nothing, in C
 
 
+def _ggml() -> ctypes.CDLL:
+    folder = Path(llama.__file__).parent / "lib"
+    # by its soname, so that this is the library that llama.cpp has loaded and not a second copy of it
+    path = next((p for p in (folder / f"libggml.{s}" for s in ("so.0", "so", "0.dylib", "dylib")) if p.exists()), None)
+    return ctypes.CDLL(str(path)) if path else llama._lib
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+def _on_abort(message: bytes) -> None:
+    """Say why llama.cpp is about to end the process, which it does without asking: an assertion, or an error of CUDA,
+    whose name it tells only the log.
+    """
+    place, _, what = message.decode("utf-8", errors="replace").partition(": ")
+    known = f" ({why})" if (why := _cuda_error()) else ""
+    print(
+        f"tracekit: error: llama.cpp ends this process: {what}{known}, {place.rpartition('/')[2]}; "
+        "a trace that was being recorded keeps all but its last second",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _cuda_error() -> str:
+    """What the CUDA runtime that llama.cpp uses says of its last error; empty without either."""
+    try:
+        found = next(Path(llama.__file__).parent.glob("lib/*ggml-cuda*"))
+        cuda = ctypes.CDLL(str(found))  # loaded already: names are looked up in what it is linked with, too
+        cuda.cudaGetErrorString.restype = ctypes.c_char_p
+        code = cuda.cudaPeekAtLastError()
+        return cuda.cudaGetErrorString(code).decode() if code else ""
+    except (StopIteration, OSError, AttributeError):
+        return ""
+
+
 llama.llama_log_set(_on_log, ctypes.c_void_p(0))
+_ggml().ggml_set_abort_callback(_on_abort)
 llama.llama_backend_init()
 
 
@@ -204,13 +239,6 @@ def build() -> str:
     """Version of llama-cpp-python and llama.cpp's system information (instruction sets, back ends)."""
     info = llama.llama_print_system_info().decode()
     return f"llama-cpp-python {VERSION}; {info.strip().rstrip('|').strip()}"
-
-
-def _ggml() -> ctypes.CDLL:
-    folder = Path(llama.__file__).parent / "lib"
-    # by its soname, so that this is the library that llama.cpp has loaded and not a second copy of it
-    path = next((p for p in (folder / f"libggml.{s}" for s in ("so.0", "so", "0.dylib", "dylib")) if p.exists()), None)
-    return ctypes.CDLL(str(path)) if path else llama._lib
 
 
 class _ThreadPoolParams(ctypes.Structure):  # ggml.h: ggml_threadpool_params

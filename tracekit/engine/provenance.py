@@ -64,15 +64,17 @@ def _source(policy: Policy) -> dict[str, str]:
     return {} if rule.path.parent == SHIPPED else {"policy_sha256": rule.sha256, "policy_source": rule.source}
 
 
+_HEEDED = "CUDA_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING", "LLAMA_GRAPH_REUSE_DISABLE"  # and GGML_...
+
+
 def device_name() -> str:
     """Every device that ggml can compute on, by name."""
     return "; ".join(f"{name}: {description}" for name, description, _ in lib.devices())
 
 
 def machine() -> dict[str, Any]:
-    """Operating system, processor, cores, memory, Python and NVIDIA GPUs of this machine, which of them
-    ``CUDA_VISIBLE_DEVICES`` leaves to llama.cpp (None: all), and whether CUDA launches whole graphs (None
-    without CUDA).
+    """Operating system, processor, cores, memory, Python and NVIDIA GPUs of this machine, whether CUDA launches whole
+    graphs (None without CUDA), and what ``environment`` holds of the variables that llama.cpp's back ends heed.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
     return {
@@ -82,8 +84,10 @@ def machine() -> dict[str, Any]:
         "memory_bytes": memory,
         "python": platform.python_version(),
         "gpus": gpus(),
-        "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "cuda_graphs": lib.cuda_graphs(),
+        "environment": {
+            name: value for name, value in sorted(os.environ.items()) if name.startswith("GGML_") or name in _HEEDED
+        },
     }
 
 

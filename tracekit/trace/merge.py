@@ -21,7 +21,7 @@ from tracekit.trace.writer import check_free, columns
 TABLES = "runs", "run_ends", "requests", "request_ends", "steps", "gpu_readings", "verifications"
 # else positions, or prices, are of two kinds
 _ALIKE = "model_sha256", "draft_sha256", "mode", "n_max", "llama_cpp", "device", "driver"
-_MACHINE = "processor", "cuda_graphs", "placement"
+_MACHINE = "processor", "cuda_graphs", "placement", "environment"
 _ASKED = "probe_seed", "policy_sha256", "policy_source"  # settings that may differ
 
 
@@ -83,7 +83,8 @@ def _differences(run: dict[str, Any], first: dict[str, Any]) -> list[tuple[str, 
     for table in ("settings", "machine"):
         mine, its = (json.loads(of[table]) for of in (run, first))
         names = _MACHINE if table == "machine" else [name for name in mine | its if name not in _ASKED]
-        found += [(name, mine.get(name), its.get(name)) for name in names if mine.get(name) != its.get(name)]
+        pairs = [(name, mine.get(name) or None, its.get(name) or None) for name in names]  # an older run has fewer
+        found += [(name, *pair) for name, *pair in pairs if pair[0] != pair[1]]
     return found
 
 

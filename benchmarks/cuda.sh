@@ -7,13 +7,14 @@
 #   benchmarks/cuda.sh pack FOLDER [MB]              beside it, tracekit and whatever it needs, recompressed to be carried;
 #                                                    with MB, sorted into FOLDER/trip-1, -2, ... of at most so many each
 #   benchmarks/cuda.sh install FOLDER                there: every wheel in FOLDER (call it again after each trip)
-#   benchmarks/cuda.sh run OUT [PLAN] [MINUTES]      there: the campaign; exit code 3 means, call it again
+#   benchmarks/cuda.sh run OUT [PLAN] [MINUTES]      there: the campaign; exit code 3 means, call it again. Where llama.cpp
+#                                                    ends the process (a CUDA error) it goes on by itself, twice
 #
 # PYTHON: the interpreter (python3). TARGET_PYTHON: version of the one there, for pack (3.12). HAVE: names of packages that
 # the machine has already and that need not be carried. SITE: where install puts them (site-cuda); empty: among PYTHON's
 # own. MODELS: where the big models go (models-cuda).
 set -eu
-usage() { sed -n '5,10s/^#  *//p' "$0" >&2; exit 2; }
+usage() { sed -n '5,11s/^#  *//p' "$0" >&2; exit 2; }
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(dirname "$here")
 python=${PYTHON:-python3}
@@ -139,7 +140,19 @@ for name in wanted:
 
 run() {
     find_libraries
-    "$python" -m tracekit campaign "${2:-cuda}" -o "$1" --models "$models" --minutes "${3:-0}"
+    began=$(date +%s)
+    for try in 1 2 3; do
+        left=$(awk "BEGIN { print ${3:-0} ? ${3:-0} - ($(date +%s) - $began) / 60 : 0 }")
+        case $left in -*) exit 3 ;; esac
+        code=0
+        "$python" -m tracekit campaign "${2:-cuda}" -o "$1" --models "$models" --minutes "$left" || code=$?
+        case $code in
+            0) break ;;
+            134 | 139) [ "$try" = 3 ] || echo "cuda.sh: llama.cpp ended the process; going on with what is missing" >&2 ;;
+            *) exit "$code" ;;
+        esac
+    done
+    [ "$code" = 0 ] || exit "$code"
     model=$(find "$models" -name '*.gguf' ! -name '*sidecar*' | sort | head -n 1)
     for script in backend_sampling overhead; do # what copying logits costs, and what recording does
         [ -f "$1/$script.txt" ] && continue

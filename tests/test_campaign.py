@@ -407,11 +407,16 @@ def test_carried_scripts_are_sound(tmp_path):
 
 CUDA_SH = Path(__file__).parent.parent / "benchmarks" / "cuda.sh"
 _PYTHON = f"""#!{sys.executable}
-import os, pathlib, shutil, sys
+import os, pathlib, shutil, sys, time
 words, here = sys.argv[1:], pathlib.Path(__file__).parent
 if words[0] == "-c":
     os.execv(sys.executable, [sys.executable, *words])
 if "campaign" in words:
+    crashes = here / "crashes"
+    if crashes.exists() and (left := int(crashes.read_text())):
+        crashes.write_text(str(left - 1))
+        time.sleep(1.1 * (words[-1] == "0.01"))  # minutes
+        os.abort()
     (here / "told").write_text(os.environ["PYTHONPATH"] + "|" + os.environ["LD_LIBRARY_PATH"])
 elif words[2:3] == ["wheel"]:
     folder = pathlib.Path(words[words.index("-w") + 1])
@@ -460,6 +465,21 @@ def test_nothing_is_imported_from_the_current_folder(tmp_path, site, libraries):
         assert "" not in parts
         assert parts[:1] == [given] or not given
     assert str(CUDA_SH.parent.parent) in told
+
+
+@pytest.mark.parametrize(("crashes", "minutes", "code"), [(2, "0", 0), (2, "6", 0), (3, "6", 134), (1, "0.01", 3)])
+def test_a_campaign_that_llama_cpp_ended_goes_on(tmp_path, crashes, minutes, code):
+    """The same command is given again, but not for ever, nor when its time is over."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "crashes").write_text(str(crashes))
+    try:
+        _carried(tmp_path, "run", tmp_path / "out", "cuda", minutes)
+        ended = 0
+    except subprocess.CalledProcessError as error:
+        ended = error.returncode
+        assert (error.stderr.count(b"going on")) == min(crashes, 2)
+    assert ended == code
+    assert (tmp_path / "told").exists() == (code == 0)
 
 
 def test_a_wheel_is_not_built_where_cmake_cannot(tmp_path):

@@ -430,15 +430,20 @@ elif words[0].endswith("cuda_repack.py"):
 """
 
 
-def _carried(tmp_path, *arguments, **environment):
-    """`cuda.sh` with a Python that notes what it is told; what it noted."""
+def _carry(tmp_path, *arguments, **environment):
+    """`cuda.sh` with a Python that notes what it is told."""
     python = tmp_path / "python"
     python.write_text(_PYTHON)
     python.chmod(0o755)
     (tmp_path / "models").mkdir()
     given = {"PYTHON": str(python), "MODELS": str(tmp_path / "models")} | environment
     kept = {name: value for name, value in os.environ.items() if name not in ("LD_LIBRARY_PATH", "HAVE", "SITE")}
-    subprocess.run(["sh", str(CUDA_SH), *map(str, arguments)], env=kept | given, check=True, capture_output=True)
+    return subprocess.run(["sh", str(CUDA_SH), *map(str, arguments)], env=kept | given, capture_output=True, text=True)
+
+
+def _carried(tmp_path, *arguments, **environment):
+    """What it noted."""
+    _carry(tmp_path, *arguments, **environment).check_returncode()
     return (tmp_path / "told").read_text()
 
 
@@ -472,13 +477,9 @@ def test_a_campaign_that_llama_cpp_ended_goes_on(tmp_path, crashes, minutes, cod
     """The same command is given again, but not for ever, nor when its time is over."""
     (tmp_path / "out").mkdir()
     (tmp_path / "crashes").write_text(str(crashes))
-    try:
-        _carried(tmp_path, "run", tmp_path / "out", "cuda", minutes)
-        ended = 0
-    except subprocess.CalledProcessError as error:
-        ended = error.returncode
-        assert (error.stderr.count(b"going on")) == min(crashes, 2)
-    assert ended == code
+    result = _carry(tmp_path, "run", tmp_path / "out", "cuda", minutes)
+    assert result.returncode == code
+    assert result.stderr.count("going on") == min(crashes, 2)
     assert (tmp_path / "told").exists() == (code == 0)
 
 

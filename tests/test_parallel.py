@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import duckdb
 import numpy as np
@@ -33,6 +34,7 @@ from .test_cli import tracekit as cli
 from .test_replay import POLICIES as SWEPT
 
 N_SLOTS = 3
+H200 = Path(__file__).parent.parent / "traces" / "h200"
 SAME = ("STEPS", "VERIFICATIONS", "DRAFTED", "ACCEPTED", "TOKENS", "TRIPS", "INEXACT")
 
 
@@ -123,6 +125,9 @@ def test_passes_over_the_weights(rows, unified, tail, passes):
     counts, past = np.zeros(lockstep.N_COUNTS), np.array([10, 20, 30, 40])
     lockstep.book_target(counts, np.array(rows), past, 0, 0, 64, unified, tail, True, lockstep.NOTHING)
     assert counts[lockstep.BATCHES] == len(passes)
+    wide = [n > 16 for n, _ in passes]
+    assert counts[lockstep.BATCHES_NARROW] == counts[lockstep.RESHAPES] == len(wide) - sum(wide)
+    assert counts[lockstep.RESHAPES_WIDE] == sum(wide)
     assert counts[lockstep.ROWS_MTP] == counts[lockstep.OUTPUTS] == sum(n for n, _ in passes)
     tiled = [n >= 64 * memories for n, memories in passes]
     cells = [256 * memories for _, memories in passes]
@@ -216,6 +221,7 @@ def test_prices_are_found_again(several):
     prices = np.r_[np.zeros(lockstep.HOST), rng.uniform(10, 50, lockstep.N_COUNTS - lockstep.HOST)]
     prices[lockstep.KV : lockstep.KV_ROWS_TILED + 1] = rng.uniform(0, 0.01, 5)
     prices[lockstep.KV_DRAFT] = rng.uniform(0, 0.01)
+    prices[lockstep.BATCHES_NARROW] = 0  # of a GPU
     prices = prices[steps.alike]
     made = {part: steps.counts[:, columns] @ prices[columns] for part, columns in lockstep_costs._PARTS.items()}
     steps = replace(steps, measured=made | {"wall": sum(made.values())})
@@ -225,6 +231,36 @@ def test_prices_are_found_again(several):
     p = positions(trace)
     times = serving.times(policies, p, found).sum(1), serving.times(policies, p, prices).sum(1)
     assert np.allclose(*times, rtol=0.01)
+
+
+def test_kernels_of_wide_passes_have_prices_of_their_own():
+    """On a GPU passes of more than sixteen rows take another kernel: cheaper once its graph is repeated, dearer until
+    then. Times made from such prices are found again, and measured ones fitted.
+    """
+    trace = open_trace(H200 / "8b-aligned-4-slots.duckdb")
+    steps = lockstep_costs._Steps.read(trace, 8, Serving.of(trace).sizes)
+    names = "BATCHES", "BATCHES_NARROW", "RESHAPES", "RESHAPES_WIDE", "CAPTURES", "CAPTURES_WIDE"
+    at, true = [getattr(lockstep, name) for name in names], [5000, 1000, 2000, 4000, 5000, 14000]
+    made = replace(steps, measured=steps.measured | {"target": steps.counts[:, at] @ true})
+    found, part = lockstep_costs._prices([g.sum(0) for g in made.grams()], made), lockstep_costs._PARTS["target"]
+    assert steps.counts[:, part] @ found[part] == pytest.approx(made.measured["target"], rel=0.01)
+    assert found[at[2:]] == pytest.approx(true[2:], rel=0.02)
+    _, _, prices, _, ratio = lockstep_costs.fit_steps(steps)
+    assert prices[lockstep.CAPTURES_WIDE] > 2 * prices[lockstep.CAPTURES]
+    wide = (steps.frame["n_prompt"] == 0).to_numpy() & (steps.counts[:, lockstep.BATCHES_NARROW] == 0)
+    again = wide & (steps.counts[:, [lockstep.RESHAPES_WIDE, lockstep.CAPTURES_WIDE]] == 0).all(1)
+    assert again.sum() >= 10
+    for some in (again, steps.counts[:, lockstep.CAPTURES_WIDE] > 0):
+        assert np.median(ratio[some]) == pytest.approx(1, abs=0.05)
+
+
+def test_a_processors_passes_are_of_one_kind(several):
+    """However many rows they have."""
+    trace = open_trace(several[1])
+    steps = lockstep_costs._Steps.read(trace, N_MAX, Serving.of(trace).sizes)
+    assert not steps.counts[:, lockstep.BATCHES_NARROW].any()
+    assert not steps.counts[:, [lockstep.RESHAPES_WIDE, lockstep.CAPTURES_WIDE]].any()
+    assert steps.alike[lockstep.RESHAPES_WIDE] == lockstep.RESHAPES
 
 
 @pytest.mark.parametrize("by_tokens", [False, True])

@@ -29,29 +29,35 @@ ROWS_MTP = HOST + 9
 BATCHES_LOADED = HOST + 10  # passes without hidden states, but with snapshots of a recurrent memory's state
 ROWS_LOADED = HOST + 11
 OUTPUTS = HOST + 12  # rows whose logits were wanted
-RESHAPES = HOST + 13  # passes of another shape than the one before: llama.cpp builds its graph again
-CAPTURES = HOST + 14  # passes of the shape of the one before, which was new: CUDA captures the graph
+RESHAPES = HOST + 13  # narrow passes of another shape than the one before: llama.cpp builds its graph again
+CAPTURES = HOST + 14  # narrow passes of the shape of the one before, which was new: CUDA captures the graph
 KV = HOST + 15  # cells that attention reads, summed over passes of fewer than TILE rows of a memory
 KV_ROWS = HOST + 16  # the same times the rows that read them
 PAST_ROWS = HOST + 17  # tokens in memory times rows of these passes: of the cells, those that flash attention reads
 KV_TILED = HOST + 18  # cells, summed over passes of more rows
 KV_ROWS_TILED = HOST + 19
-DRAFT_FIRSTS = HOST + 20  # steps whose drafting began: the batch is put together
-DRAFT_DECODES = HOST + 21  # of the MTP context
-DRAFT_OUTPUTS = HOST + 22
-DRAFT_PROBS = HOST + 23  # of these outputs, with the draft's probability measured
-DRAFT_RESHAPES = HOST + 24
-DRAFT_CAPTURES = HOST + 25
-KV_DRAFT = HOST + 26
-AHEADS = HOST + 27  # prompts caught up as they were read
-AHEAD_ROWS = HOST + 28
-ROWS = HOST + 29  # stretches of target rows
-KNOTS = np.array([*range(1, 8), *range(8, 16, 2), *range(16, 32, 4), *range(32, 64, 8), 64, 80, 96, 128, 160, 192, 256])
+RESHAPES_WIDE = HOST + 20  # the same of passes of more than WIDE rows
+CAPTURES_WIDE = HOST + 21
+BATCHES_NARROW = HOST + 22  # of the passes, those of no more
+DRAFT_FIRSTS = HOST + 23  # steps whose drafting began: the batch is put together
+DRAFT_DECODES = HOST + 24  # of the MTP context
+DRAFT_OUTPUTS = HOST + 25
+DRAFT_PROBS = HOST + 26  # of these outputs, with the draft's probability measured
+DRAFT_RESHAPES = HOST + 27
+DRAFT_CAPTURES = HOST + 28
+KV_DRAFT = HOST + 29
+AHEADS = HOST + 30  # prompts caught up as they were read
+AHEAD_ROWS = HOST + 31
+ROWS = HOST + 32  # stretches of target rows
+KNOTS = np.array([*range(1, 8), *range(8, 17, 2), 17, *range(20, 32, 4), *range(32, 65, 8), 80, 96, 128, 160, 192, 256])
 N_KNOTS = len(KNOTS)
 DRAFT_ROWS = ROWS + N_KNOTS  # stretches of MTP rows
 N_COUNTS = DRAFT_ROWS + N_KNOTS
 
 TILE = 64  # rows from which on a processor's flash attention takes them together: ggml-cpu, common.h, GGML_FA_TILE_Q
+WIDE = (
+    16  # rows that one kernel of CUDA's multiplies; more of them several: ggml-cuda, mmf.cu, ggml_cuda_should_use_mmf
+)
 FREE = -1
 NOTHING = (-1, False)  # the shape of a decode, and whether the one before had another; here: of none
 
@@ -80,9 +86,10 @@ def book_pass(counts, rows, seqs, cells, read, shape, before, mtp, loaded):
     counts[ROWS_MTP] += rows * mtp
     counts[BATCHES_LOADED] += loaded
     counts[ROWS_LOADED] += rows * loaded
-    new = shape != before[0]
-    counts[RESHAPES] += new
-    counts[CAPTURES] += before[1] and not new
+    new, wide = shape != before[0], rows > WIDE
+    counts[BATCHES_NARROW] += not wide
+    counts[RESHAPES_WIDE if wide else RESHAPES] += new
+    counts[CAPTURES_WIDE if wide else CAPTURES] += before[1] and not new
     tiled = rows >= TILE * seqs
     counts[KV_TILED if tiled else KV] += cells * seqs
     counts[KV_ROWS_TILED if tiled else KV_ROWS] += cells * rows
@@ -98,7 +105,7 @@ def next_pass(left, n_ubatch, apart, tail):
     Source: llama.cpp, src/llama-batch.cpp, split_equal: of all slots equally many rows; with memories ``apart`` of
     neighbours only. The last ``tail`` rows of a slot stay in one pass (0: they need not).
     """
-    first, last, seqs, least = -1, -1, 0, 0
+    first, last, seqs, least, whole = -1, -1, 0, 0, 0
     for s in range(len(left)):
         if left[s] > 0 and (seqs == 0 or s == last + 1 or not apart):
             first = s if seqs == 0 else first
@@ -106,7 +113,6 @@ def next_pass(left, n_ubatch, apart, tail):
             last = s
             seqs += 1
     each = min(least, max(1, n_ubatch // seqs))
-    whole = 0
     for s in range(first, last + 1):
         if left[s] > 0:
             if 0 < left[s] - each < tail:
@@ -174,7 +180,6 @@ def book_drafts(counts, decodes, probed, n_rows, n_tokens, before):
     counts[HOST_ROUNDS] += 1
     counts[HOST_DRAFTERS] += np.sum(decodes > 0)
     counts[DRAFT_FIRSTS] += 1
-    size = n_rows
     for j in range(most):
         going = 0
         for s in range(len(decodes)):
@@ -247,8 +252,7 @@ def run_queue(params, is_shared, sizes, arrays, counts, rounds):
     decodes, rows, chunk = np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64)
     over, ahead, probed = np.zeros(n_slots, np.bool_), np.zeros(n_slots, np.bool_), np.zeros(n_slots, np.bool_)
     of_step = np.zeros(N_COUNTS)
-    shape = draft_rows = NOTHING
-    waiting, admitted, n_left = 0, 0, len(first)
+    shape, draft_rows, waiting, admitted, n_left = NOTHING, NOTHING, 0, 0, len(first)
     while n_left > 0:
         of_step[:] = 0.0
         if n_left == len(first) - waiting:  # nobody is served
@@ -265,8 +269,7 @@ def run_queue(params, is_shared, sizes, arrays, counts, rounds):
                 over[s], ahead[s] = wish < 0, wish > 0
             n_occupied += request[s] != FREE
             n_active += request[s] != FREE and generated[s] > 0
-        n_rows = n_tokens = 0
-        mtp = False
+        n_rows, n_tokens, mtp = 0, 0, False
         for s in range(n_slots):  # decide and draft
             rows[s] = decodes[s] = drafted[s] = accepted[s] = 0
             r = request[s]
@@ -330,8 +333,7 @@ def run_queue(params, is_shared, sizes, arrays, counts, rounds):
             if not over[s]:
                 if is_shared:
                     states[s] = common
-                seen = Outcome(asked[s], drafted[s], accepted[s], emitted)
-                states[s] = learn(params, states[s], nows[s], seen)
+                states[s] = learn(params, states[s], nows[s], Outcome(asked[s], drafted[s], accepted[s], emitted))
                 if is_shared:
                     common = states[s]
             if len(rounds):
@@ -382,12 +384,10 @@ def book_steps(starts, slots, n_past, prompts, drafts, sizes, counts):
     for i in range(len(counts)):
         of_step = counts[i]
         rows, past, decodes = np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64)
-        probed = np.zeros(n_slots, np.bool_)
-        emitted = 0
+        probed, emitted = np.zeros(n_slots, np.bool_), 0
         for j in range(starts[i], starts[i + 1]):
             s = slots[j, 0]
-            rows[s], past[s], decodes[s] = slots[j, 1], slots[j, 2], slots[j, 3]
-            probed[s] = slots[j, 4] > 0
+            rows[s], past[s], decodes[s], probed[s] = slots[j, 1], slots[j, 2], slots[j, 3], slots[j, 4] > 0
             emitted += slots[j, 5]
         if drafts[i, 2]:
             shape = draft_rows = NOTHING

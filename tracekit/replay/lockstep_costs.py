@@ -141,7 +141,13 @@ class _Steps:
         counts = _counts(frame, slots, sizes)
         if (counts[:, lockstep.DRAFT_PROBS] == counts[:, lockstep.DRAFT_OUTPUTS]).all():
             counts[:, lockstep.DRAFT_PROBS] = 0.0  # measured of every draft, as in a calibration: of each, its price
-        alike, joined = _alike(counts), np.zeros_like(counts)
+        alike = _alike(counts)
+        wide = (frame["n_prompt"] == 0) & (frame["n_tokens"] > lockstep.WIDE)
+        cuda = trace.runs["machine"].str.json_path_match("$.cuda_graphs").is_not_null().all()
+        if not cuda or (wide.to_numpy() & (counts[:, lockstep.RESHAPES_WIDE] == 0)).sum() < LEAST:
+            counts[:, lockstep.BATCHES_NARROW] = 0.0  # one kind of pass, or what the wide ones cost was not measured
+            alike[[lockstep.RESHAPES_WIDE, lockstep.CAPTURES_WIDE]] = lockstep.RESHAPES, lockstep.CAPTURES
+        joined = np.zeros_like(counts)
         np.add.at(joined.T, alike, counts.T)
         return cls(frame, alike, joined, *blocks_of(frame["block"].to_numpy()), times)
 

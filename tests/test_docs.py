@@ -168,7 +168,7 @@ def test_cuda_traces_are_of_a_gpu(path):
 
 def test_a_calibration_prices_a_study():
     """The GPU's cost surface, measured with random prompts at other contexts, prices the study's policies as its own
-    times do, which are twelve hours older; and it jumps where the kernel changes, from one row to two and beyond sixteen.
+    times do, twelve hours older; and it jumps where the kernel changes, from one row to two and beyond sixteen.
     """
     study, calibration = tracekit.open(H200 / "1b-aligned.duckdb"), tracekit.open(H200 / "1b-calibration.duckdb")
     policies = list(parse("off,static:n_max=1,2,4,8,fallback:n_max=8"))

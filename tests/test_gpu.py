@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
+import sys
+import textwrap
+import threading
 from types import SimpleNamespace
 
 import pynvml
 import pytest
 
 from tracekit.cli.doctor import doctor
-from tracekit.engine import lib
+from tracekit.engine import Engine, lib
 from tracekit.engine.doctor import demand_gpu, surroundings
 from tracekit.engine.gpu import GpuSensors, gpus
+from tracekit.engine.placement import Placement
 from tracekit.errors import TracekitError
+from tracekit.trace.store import open_trace
 
 
 class Nvml:
@@ -91,3 +97,51 @@ def test_the_reason_of_a_cuda_error(tmp_path, monkeypatch, code, told):
     assert lib._cuda_error() == told
     library.unlink()
     assert lib._cuda_error() == ""
+
+
+_HANG = """
+    import signal, sys, time
+    from tracekit.engine import Engine, Settings, context, watch
+    watch.LIMIT_S, watch.LOOKS = 1.0, 5
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with Engine(sys.argv[1], "static:n_max=3", Settings(n_max=6, threads=1), trace=sys.argv[2]) as engine:
+        looking = watch.Watch([engine._target, engine._drafter._context])
+        began = time.monotonic()
+        while time.monotonic() - began < 2:  # it works ...
+            engine.generate("import os", max_tokens=20)
+        time.sleep(2)  # ... and waits
+        print("alive", flush=True)
+        context.lib.decode = lambda *_: time.sleep(60)
+        engine.generate("import os", max_tokens=20)
+"""
+
+
+def test_a_gpu_that_hangs_ends_the_process(models, tmp_path):
+    """A decode that does not come back is told of and ends the process, which an idle or a busy engine never does; what
+    was recorded is there.
+    """
+    path = tmp_path / "t.duckdb"
+    command = [sys.executable, "-c", textwrap.dedent(_HANG), str(models["plain"]), str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    assert result.returncode == -signal.SIGABRT
+    assert result.stdout == "alive\n"
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("tracekit: error: a decode has not come back for 1 seconds: the GPU hangs; ")
+    assert open_trace(path).frame("SELECT count(*) AS n FROM requests")["n"][0] > 1
+
+
+def test_only_models_on_a_gpu_are_watched(models, settings, monkeypatch):
+    """A processor may take minutes for a decode. The watch ends with its engine, also one that was forgotten."""
+
+    def watched() -> bool:
+        return any(thread.name == "tracekit-watch" for thread in threading.enumerate())
+
+    with Engine(models["plain"], settings=settings):
+        assert not watched()
+    monkeypatch.setattr(Placement, "on_gpu", True)
+    with Engine(models["plain"], settings=settings) as engine:
+        assert watched()
+        engine.generate("import", max_tokens=4)
+    assert not watched()
+    assert Engine(models["plain"], settings=settings).mtp  # collected at once
+    assert not watched()

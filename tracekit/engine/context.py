@@ -116,6 +116,7 @@ class Context:
         self._n_embd, self.n_vocab = model.facts.n_embd, model.facts.n_vocab
         self._raw = ctypes.cast(self.handle, ctypes.c_void_p)
         self._waits = lib.has_gpu()  # processors have finished when llama_decode returns
+        self.n_begun = self.n_ended = 0  # decodes; another thread may look whether one is under way
         self._views: dict[tuple[int, int, type], np.ndarray] = {}
         self._hidden_at = self._logits_at = 0  # addresses of the two views in use
         self._best: dict[int, Callable[[], int]] = {}  # the arg-max of the row at an address
@@ -126,14 +127,18 @@ class Context:
     def decode(self, batch: Batch) -> None:
         """Run ``batch`` and wait for it. Raises :class:`TracekitError` where llama.cpp fails."""
         batch.c.n_tokens = batch.n
-        code = lib.decode(self._raw, batch.c)
-        if lib.interrupts:
-            lib.raise_interrupt()
-        if code:
-            reason = lib.reason()
-            raise TracekitError(f"llama_decode returned {code} for {batch.n} tokens ({reason})")
-        if self._waits:
-            lib.synchronize(self._raw)
+        self.n_begun += 1
+        try:
+            code = lib.decode(self._raw, batch.c)
+            if lib.interrupts:
+                lib.raise_interrupt()
+            if code:
+                reason = lib.reason()
+                raise TracekitError(f"llama_decode returned {code} for {batch.n} tokens ({reason})")
+            if self._waits:
+                lib.synchronize(self._raw)
+        finally:
+            self.n_ended += 1
 
     def extract_hidden(self, enabled: bool) -> None:
         """Have every later decode leave the hidden state of every batch row (not only of those with logits) for

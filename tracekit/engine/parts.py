@@ -16,6 +16,7 @@ from tracekit.engine.placement import Placement
 from tracekit.engine.rollback import PartialRollback
 from tracekit.engine.sampling import BackendSampling
 from tracekit.engine.settings import CACHE_TYPES, FLASH_ATTN, Settings
+from tracekit.engine.watch import Watch
 
 log = logging.getLogger("tracekit.engine")
 
@@ -32,6 +33,7 @@ class Parts:
         self, model: str | Path, draft_model: str | Path | None, mtp: bool, settings: Settings, owned: ExitStack
     ):
         self.settings, self._owned = settings, owned
+        self._contexts: list[Context] = []
         self.draft_model: Model | None = None
         self.drafter: Drafter | None = None
         with lib.listening() as heard:
@@ -41,6 +43,8 @@ class Parts:
             if mtp:
                 self.drafter = self._own(self._make_drafter(draft_model))
         self.placement = Placement.of(heard)
+        if self.placement.on_gpu:
+            self._own(Watch(self._contexts))
         self.backend_sampling = self._sample_on_device()
 
     def without_snapshots(self) -> tuple[Context, BackendSampling | None]:
@@ -57,9 +61,11 @@ class Parts:
         s = self.settings
         kinds = CACHE_TYPES[s.cache_type_k], CACHE_TYPES[s.cache_type_v], FLASH_ATTN[s.flash_attn], s.kv_unified
         n_sampled = s.n_max + 1 if s.backend_sampling and target is None else 1
-        return Context(
+        made = Context(
             model, s.n_slots, s.n_ctx, s.n_batch, s.n_ubatch, s.threads, *kinds, target, n_sampled, n_snapshots
         )
+        self._contexts.append(made)
+        return made
 
     def _make_drafter(self, draft_model: str | Path | None) -> Drafter:
         source, s = self.model, self.settings

@@ -105,6 +105,19 @@ def _watching(_):
 QUIET = Teller(lambda line: None, _watching)
 
 
+def test_a_plan_may_be_for_one_thing(tmp_path):
+    """Without studies and calibration a campaign records what is left, and has no tables to tell."""
+    text = (PLANS / "smoke.toml").read_text()
+    head, _, rest = text.partition("[[studies]]")
+    live = rest[rest.index("[[live]]") : rest.rindex("[[live]]")]
+    (tmp_path / "plan.toml").write_text(head + live)
+    folder = tmp_path / "out"
+    result = run(tmp_path / "plan.toml", "-o", folder, "--models", tmp_path / "models", "--threads", 1, "--json")
+    assert json.loads(result.stdout) == []
+    names = {p.name for p in folder.iterdir()}
+    assert names == {"plan.toml", "environment.json", "tiny-live-aligned-static-n-max-2-2x512.duckdb"}
+
+
 def _study(models, settings, folder):
     """A study that is over soon."""
     return Study(folder, "s", models["plain"], None, replace(settings, n_max=2), Workload(4, 0.0, 1, 1, 0))

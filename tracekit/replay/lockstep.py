@@ -55,9 +55,7 @@ DRAFT_ROWS = ROWS + N_KNOTS  # stretches of MTP rows
 N_COUNTS = DRAFT_ROWS + N_KNOTS
 
 TILE = 64  # rows from which on a processor's flash attention takes them together: ggml-cpu, common.h, GGML_FA_TILE_Q
-WIDE = (
-    16  # rows that one kernel of CUDA's multiplies; more of them several: ggml-cuda, mmf.cu, ggml_cuda_should_use_mmf
-)
+WIDE = 16  # rows of half precision that one kernel of CUDA's takes: ggml-cuda, mmf.cu, ggml_cuda_should_use_mmf
 FREE = -1
 NOTHING = (-1, False)  # the shape of a decode, and whether the one before had another; here: of none
 
@@ -252,7 +250,8 @@ def run_queue(params, is_shared, sizes, arrays, counts, rounds):
     decodes, rows, chunk = np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64)
     over, ahead, probed = np.zeros(n_slots, np.bool_), np.zeros(n_slots, np.bool_), np.zeros(n_slots, np.bool_)
     of_step = np.zeros(N_COUNTS)
-    shape, draft_rows, waiting, admitted, n_left = NOTHING, NOTHING, 0, 0, len(first)
+    shape = draft_rows = NOTHING
+    waiting, admitted, n_left = 0, 0, len(first)
     while n_left > 0:
         of_step[:] = 0.0
         if n_left == len(first) - waiting:  # nobody is served
@@ -333,7 +332,8 @@ def run_queue(params, is_shared, sizes, arrays, counts, rounds):
             if not over[s]:
                 if is_shared:
                     states[s] = common
-                states[s] = learn(params, states[s], nows[s], Outcome(asked[s], drafted[s], accepted[s], emitted))
+                seen = Outcome(asked[s], drafted[s], accepted[s], emitted)
+                states[s] = learn(params, states[s], nows[s], seen)
                 if is_shared:
                     common = states[s]
             if len(rounds):

@@ -74,9 +74,11 @@ def campaign(
 
 def _tabulate(findings: list[Finding], folder: Path) -> None:
     """Write the tables of all ``findings`` into ``folder``."""
-    with (folder / "tables.txt").open("w", encoding="utf-8") as file:
+    partial = folder / "tables.txt.partial"
+    with partial.open("w", encoding="utf-8") as file:
         for finding in findings:
             out.print_finding(finding, finding.name, file)
+    partial.replace(folder / "tables.txt")
 
 
 def _draw(findings: list[Finding], folder: Path) -> None:

@@ -9,7 +9,6 @@ keeping is one small folder; the models lie elsewhere and can be made again from
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 import tomllib
@@ -18,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tracekit import beside
 from tracekit.engine import Engine, Request, Settings
 from tracekit.engine import calibrate as surface
 from tracekit.engine.doctor import demand_gpu, examine, surroundings
@@ -185,9 +185,8 @@ class Campaign:
             if self.plan.require_gpu:
                 demand_gpu(known | {"model": facts})
             known["models"][size.name] = facts
-            partial = path.with_name(path.name + ".partial")
-            partial.write_text(json.dumps(known, indent=2) + "\n")
-            os.replace(partial, path)
+            with beside.written(path) as file:
+                file.write(json.dumps(known, indent=2) + "\n")
 
     def _study(self, size: Size, studied: Studied) -> Finding:
         name, slots = f"{size.name}-{studied.name}", studied.slots

@@ -20,6 +20,7 @@ import numpy as np
 import polars as pl
 from scipy.stats import kendalltau
 
+from tracekit import beside
 from tracekit.engine import Completion, Engine, Probe, Request, Settings
 from tracekit.engine.record import record, wave_of
 from tracekit.errors import TracekitError
@@ -79,9 +80,8 @@ class Verdict:
 
     def save(self, path: Path) -> None:
         """Write :meth:`as_json` to ``path``, complete or not at all."""
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(self.as_json(), indent=2) + "\n")
-        partial.replace(path)
+        with beside.written(path) as file:
+            file.write(json.dumps(self.as_json(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Verdict:

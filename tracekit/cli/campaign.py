@@ -74,11 +74,11 @@ def campaign(
 
 def _tabulate(findings: list[Finding], folder: Path) -> None:
     """Write the tables of all ``findings`` into ``folder``."""
-    partial = folder / "tables.txt.partial"
-    with partial.open("w", encoding="utf-8") as file:
+    from tracekit import beside
+
+    with beside.written(folder / "tables.txt") as file:
         for finding in findings:
             out.print_finding(finding, finding.name, file)
-    partial.replace(folder / "tables.txt")
 
 
 def _draw(findings: list[Finding], folder: Path) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import tomllib
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tracekit import beside
 from tracekit.errors import TracekitError
 from tracekit.policy.rule import SHIPPED, Policy, rule
 
@@ -36,15 +36,11 @@ class PolicyFile:
         content: dict[str, Any] = {"policy": head | {"sha256": r.sha256, "params": self.policy.params._asdict()}}
         if self.evidence is not None:
             content["evidence"] = self.evidence.model_dump(mode="json", exclude_none=True)
-        partial = path.with_name(path.name + ".partial")
         try:
-            partial.write_text(tomli_w.dumps(content), "utf-8")
-            os.replace(partial, path)
+            with beside.written(path) as file:
+                file.write(tomli_w.dumps(content))
         except OSError as error:
             raise TracekitError(f"{path}: {error.strerror}; choose another place with -o") from None
-        finally:
-            with suppress(OSError):
-                partial.unlink()
         return path
 
 

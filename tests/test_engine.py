@@ -286,6 +286,14 @@ def test_graphs_that_keep_back_hidden_states_are_refused(engine, monkeypatch, ar
         check_drafter(engine.model, engine.model)
 
 
+def test_a_drafter_in_the_targets_memory_is_told_as_such(engine, monkeypatch):
+    """Gemma 4's drafter is narrower than its target: that is not what is wrong with it."""
+    narrow = replace(engine.model.facts, arch="gemma4-assistant", n_embd=64)
+    monkeypatch.setitem(vars(engine.model), "facts", narrow)
+    with pytest.raises(TracekitError, match="in its target's own memory"):
+        check_drafter(engine.model, engine.model)
+
+
 class Alarm(Exception):
     """What the handler of a test's signal raises, as that of Ctrl-C does KeyboardInterrupt."""
 

@@ -16,6 +16,8 @@ from tracekit.errors import TracekitError
 
 # their MTP graphs keep only the rows with logits (src/models/*.cpp); llama.cpp aborts where all hidden rows are wanted
 _CROPPED = {"deepseek4", "mimo2", "qwen3next", "step35"}
+# drafters that keep no memory of their own but read the target's (src/llama-model.cpp, create_memory)
+_SHARING = {"gemma4-assistant"}
 
 
 def sha256_of(path: str | Path) -> str:
@@ -165,6 +167,11 @@ def check_drafter(source: Model, model: Model) -> None:
     """Raise :class:`TracekitError` where the NextN layers of ``source`` (``model`` itself, or a sidecar) cannot draft
     for ``model``.
     """
+    if source.facts.arch in _SHARING:
+        raise TracekitError(
+            f"{source.path}: a {source.facts.arch} drafts in its target's own memory, which the engine cannot do yet; "
+            "run the target with policy off"
+        )
     if (source.facts.n_embd, source.facts.n_vocab) != (model.facts.n_embd, model.facts.n_vocab):
         raise TracekitError(
             f"{source.path}: its width or vocabulary is not that of {model.path}; a sidecar belongs to one model"

@@ -50,7 +50,7 @@ class Recorder:
     ):
         self._sensors = sensors or GpuSensors()
         self.run = run["run"]
-        self.path = Path(path)
+        self.path = Path(path).resolve()  # the program may change its folder, and DuckDB goes where a link leads
         self.failed, self.cut_off, self._demanded = "", False, False
         self._journal_bytes = journal_bytes
         try:
@@ -72,7 +72,7 @@ class Recorder:
         writer = None
         try:
             writer = TraceWriter.create(self.path, run)
-            return writer, Journal(self.path)
+            return writer, Journal(self.path, run["trace_id"])
         except BaseException:
             if writer is not None:
                 writer.discard()
@@ -104,7 +104,8 @@ class Recorder:
         self._writer_ns += time.thread_time_ns() - began
 
     def _fold(self) -> None:
-        fold(self._writer)
+        if fold(self._writer):
+            raise ValueError("its journal is damaged")
         self._journal.clear()
 
     def _attempt(self, write: Callable[[], None]) -> None:

@@ -27,18 +27,19 @@ class PartialRollback:
     """``llama_memory_seq_rm`` of the rejected tail: attention forgets its cells, a recurrent memory goes back to one of
     the snapshots of its state that llama.cpp keeps for the last rows of a batch. Nothing is ever decoded again.
 
-    Raises :class:`TracekitError` for settings under which llama.cpp goes back to states of other slots: a pass over
-    slots of one memory that are no neighbours moves the states between them, but not their snapshots
-    (src/llama-memory-recurrent.cpp, find_slot). With two slots there is nothing between.
+    Raises :class:`TracekitError` for slots whose states llama.cpp would mix up: a pass over several moves their states
+    next to each other, and what lies between elsewhere, but not its snapshots, to which a later removal goes back
+    (src/llama-memory-recurrent.cpp, find_slot). Which state lies where depends on the requests before, with one memory
+    for all slots or without. With two slots there is nothing between.
     """
 
     def __init__(self, context: Context, settings: Settings):
         self._context = context
         self.kind = "snapshot" if context.n_snapshots else "partial"
-        if context.n_snapshots and settings.kv_unified and settings.n_slots > 2:
+        if context.n_snapshots and settings.n_slots > 2:
             raise TracekitError(
-                "this model's memory is recurrent: with --kv-unified and more than two slots llama.cpp would mix up "
-                "their states; leave --kv-unified out"
+                "this model's memory is recurrent: where more than two slots draft, llama.cpp mixes up their states; "
+                "give --parallel 2 or less"
             )
 
     def before(self, seq: int, n_past: int) -> None:

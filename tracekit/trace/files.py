@@ -10,6 +10,7 @@ import duckdb
 from tracekit.errors import TracekitError
 from tracekit.trace.journal import files_of
 
+_ALONE = {"autoload_known_extensions": "false", "autoinstall_known_extensions": "false"}  # no other kinds of database
 _OTHER = "not a trace; --force replaces traces only, choose another name"
 
 
@@ -26,10 +27,18 @@ def held_by(error: duckdb.Error) -> str:
     if "Could not set lock on file" in message:
         owner = re.search(r"PID (\d+)", message)
         who = f"process {owner[1]}" if owner else "another process"
-        return f"being written by {who}; wait until it has finished, or stop it (nothing recorded is lost)"
+        return f"held by {who}; wait until it has finished, or stop it (nothing recorded is lost)"
     if "different configuration" in message:
         return "being written by this process; close its engine first"
     return ""
+
+
+def head_of(file: Path) -> bytes:
+    """The first twelve bytes of ``file``, the last four of them DUCK in a DuckDB file. Not for one that this process
+    may have open: closing it lets go of the lock on it (POSIX), and another would take the recording for cut off.
+    """
+    with file.open("rb") as opened:
+        return opened.read(12)
 
 
 def check_replaceable(trace: Path) -> None:
@@ -43,16 +52,14 @@ def check_replaceable(trace: Path) -> None:
         if file.exists() and not file.is_file():
             raise TracekitError(f"{file}: {_OTHER}")
     if trace.is_file():
-        with trace.open("rb") as file:
-            ours = (head := file.read(12))[8:] == b"DUCK" or not head
         try:
-            if ours and head:
-                with duckdb.connect(str(trace), read_only=True) as con:
-                    tables = con.execute("SELECT table_name FROM information_schema.tables").fetchall()
-                    ours = ("runs",) in tables or not tables
+            with duckdb.connect(str(trace.resolve()), read_only=True, config=_ALONE) as con:
+                tables = con.execute("SELECT table_name FROM information_schema.tables").fetchall()
+                ours = ("runs",) in tables or not tables
         except duckdb.Error as error:
             if held := held_by(error):
                 raise TracekitError(f"{trace}: {held}") from None
+            ours = (head := head_of(trace))[8:] == b"DUCK" or not head
         if not ours:
             raise TracekitError(f"{trace}: {_OTHER}")
 

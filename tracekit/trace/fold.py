@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from tracekit.errors import TracekitError, interrupted
-from tracekit.trace.files import first_line, held_by
-from tracekit.trace.journal import Entry, Journal, entries, journal_of
+from tracekit.trace.files import first_line, free_path, held_by
+from tracekit.trace.journal import Entry, Foreign, entries, journal_of
 from tracekit.trace.pending import N_MOMENTS, N_WHOLE
 from tracekit.trace.rows import STOPS, Moments
 from tracekit.trace.writer import Rows, TraceWriter, columns
@@ -28,56 +28,49 @@ _UNFIT = TypeError, ValueError, OverflowError  # a value that is not of its colu
 log = logging.getLogger("tracekit.trace")
 
 
-def fold(writer: TraceWriter) -> None:
-    """Append to the trace, in one transaction, what its journal has and it has not.
+def fold(writer: TraceWriter) -> int:
+    """Append to the trace, in one transaction, what its journal has and it has not; returns how many bytes of the
+    journal are damaged, and left out.
 
     Each entry says how many rows came before it, and every fold ends with an entry: an entry that the file's number of
-    rows goes beyond is in it, whenever a process was killed. Raises ``duckdb.Error``, ``OSError``, and ``TypeError``,
-    ``ValueError`` or ``OverflowError`` for what its column cannot hold.
+    rows goes beyond is in it, whenever a process was killed. Raises ``duckdb.Error``, ``OSError``, and ``ValueError``
+    for what is no journal.
     """
-    found = entries(journal_of(writer.path), writer.n_rows(TABLES))
+    found, n_damaged = entries(journal_of(writer.path), writer.n_rows(TABLES), writer.trace_id())
     if found:
         writer.append(batches(found))
+    return n_damaged
 
 
 def finish(trace: Path) -> None:
-    """Fold the journal that a recording which was cut off has left, and delete it; rows that no table can hold are left
-    out, and said so.
+    """Fold the journal that a recording which was cut off has left, and delete it; one that is damaged from somewhere
+    on is kept under another name, and said so.
 
     Raises :class:`TracekitError` where the trace cannot be written, ``duckdb.Error`` where another process holds it.
     """
+    journal = journal_of(trace)
     try:
         with closing(TraceWriter(trace)) as writer:
-            try:
-                fold(writer)
-            except (*_UNFIT, duckdb.ConstraintException):
-                _mend(writer)
-                fold(writer)
-        journal_of(trace).unlink(missing_ok=True)
+            n_damaged = fold(writer)
+        if n_damaged:
+            kept = free_path(journal.with_name(f"{journal.name}-damaged"))
+            journal.rename(kept)
+            log.error(
+                "%s: the last %d bytes of its journal are damaged and left out; %s keeps them", trace, n_damaged, kept
+            )
+        journal.unlink(missing_ok=True)
     except FileNotFoundError:  # another process was faster
         return
     except Exception as error:  # whatever it is, the trace and its journal stay as they are
         if (isinstance(error, duckdb.Error) and held_by(error)) or interrupted(error):
             raise
+        advice = "open it with the tracekit that recorded it"
+        if not isinstance(error, Foreign):
+            advice = "move the trace and what lies beside it to where they can be written"
         raise TracekitError(
-            f"{trace}: its recording was cut off, and the last rows, in {journal_of(trace).name}, cannot be added "
-            f"({first_line(error)}); move the trace and what lies beside it to where they can be written, or "
-            f"delete {journal_of(trace).name} to go without them"
+            f"{trace}: its recording was cut off, and the last rows, in {journal.name}, cannot be added "
+            f"({first_line(error)}); {advice}, or move {journal.name} away to go without them"
         ) from None
-
-
-def _mend(writer: TraceWriter) -> None:
-    """Replace the journal by one of what can be stored of it. A process that is killed leaves the one or the other."""
-    path, n_known = journal_of(writer.path), writer.n_rows(TABLES)
-    found = entries(path, n_known)  # before there is another journal: none is left where this one cannot be read
-    mended = Journal(path, n_known)
-    for entry in found:
-        kept, unfit = storable(entry)
-        mended.append(kept)
-        if unfit:
-            log.error("%s: left out what no table can hold (%s)", writer.path, unfit[0])
-    mended.close()
-    mended.path.replace(path)
 
 
 def storable(entry: Entry) -> tuple[Entry, list[str]]:

@@ -8,7 +8,10 @@ has appended stays in the journal, and is folded when the trace is next opened.
 from __future__ import annotations
 
 import json
+import os
+import struct
 import zlib
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,8 +55,10 @@ class Entry(NamedTuple):
 
 _PARTS = Entry, RequestRow, RequestEnd, GpuReading, Moments, Verification
 _FIELDS = [part._fields for part in _PARTS], STOPS
-LAYOUT = zlib.crc32(repr(_FIELDS).encode())  # a journal of another is refused
-_BEGIN = b"[%d, " % LAYOUT  # of every entry
+MARK = b"TKJ2" + zlib.crc32(repr(_FIELDS).encode()).to_bytes(
+    4, "little"
+)  # of every entry; a journal of another is refused
+_HEAD = struct.Struct("<8sIQ")  # the mark, the checksum of what follows, and its bytes
 _N_PLAIN = Entry._fields.index("steps")
 
 
@@ -71,15 +76,19 @@ def files_of(trace: Path) -> list[Path]:
     return [trace, trace.with_name(trace.name + ".wal"), journal_of(trace)]
 
 
+class Foreign(ValueError):
+    """A journal that another version of tracekit wrote, or no journal."""
+
+
 class Journal:
-    """The journal of ``trace``, empty, for appending what comes after ``n_rows`` rows of the run. Every method raises
-    ``OSError`` where the disk is full.
+    """The journal of ``trace``, empty, for appending what comes in during the recording ``trace_id``. Every method
+    raises ``OSError`` where the disk is full.
     """
 
-    def __init__(self, trace: Path, n_rows: int = 0):
+    def __init__(self, trace: Path, trace_id: str = ""):
         self.path = journal_of(trace)
         self._file = self.path.open("wb", buffering=0)
-        self._n_rows = n_rows
+        self._seed, self._n_rows = zlib.crc32(trace_id.encode()), 0
 
     @property
     def n_bytes(self) -> int:
@@ -87,10 +96,13 @@ class Journal:
         return self._file.tell()
 
     def append(self, entry: Entry) -> None:
-        """Append ``entry``: a line of JSON, then the packed parts, whose lengths and place in the run it says."""
+        """Append ``entry``: a line of JSON, which says its place in the run and the lengths of the packed parts, then
+        these.
+        """
         packed = entry[_N_PLAIN:]
-        head = json.dumps([LAYOUT, self._n_rows, [len(part) for part in packed], *entry[:_N_PLAIN]])
-        left = memoryview(b"".join((head.encode(), b"\n", *packed)))
+        line = json.dumps([self._n_rows, [len(part) for part in packed], *entry[:_N_PLAIN]])
+        body = b"".join((line.encode(), b"\n", *packed))
+        left = memoryview(_HEAD.pack(MARK, zlib.crc32(body, self._seed), len(body)) + body)
         while left:
             left = left[self._file.write(left) :]
         self._n_rows += entry.n_rows
@@ -110,30 +122,31 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
 
-def entries(path: Path, n_known: int) -> list[Entry]:
-    """The entries in the journal at ``path`` that come after the first ``n_known`` rows of the run. One that was cut
-    off in the middle, at the end, is left out. Raises ``ValueError`` for whatever else cannot be read, and for a
-    journal of another layout.
+def entries(path: Path, n_known: int, trace_id: str = "") -> tuple[list[Entry], int]:
+    """The entries in the journal at ``path`` that come after the first ``n_known`` rows of the recording ``trace_id``;
+    and how many bytes from the first that is damaged, or of another recording, on. One that was cut off in the middle,
+    at the end, is left out. Raises :class:`Foreign`.
     """
-    found = []
-    damaged = ValueError("it is damaged, or no journal")
+    found, seed = [], zlib.crc32(trace_id.encode())
     with path.open("rb") as file:
-        for line in file:
-            if not line.endswith(b"\n") and line[: len(_BEGIN)] == _BEGIN[: len(line)]:
-                break
-            try:
-                layout, n_before, lengths, *plain = json.loads(line)
-                if known := layout == LAYOUT:
-                    packed = [file.read(n) if n >= 0 else b"" for n in lengths]
-                    entry = Entry(*plain, *packed)
-            except (ValueError, TypeError):
-                raise damaged from None
-            if not known:
-                raise ValueError("it is of another version of tracekit")
-            if [len(part) for part in packed] != lengths:
-                if min(lengths) < 0 or _BEGIN in b"".join(packed):  # not its end: another entry comes after it
-                    raise damaged
-                break
+        n_left = os.fstat(file.fileno()).st_size
+        whole = n_left
+        while head := file.read(_HEAD.size):
+            mark, checksum, size = _HEAD.unpack(head.ljust(_HEAD.size))
+            if mark[: len(head)] != MARK[: len(head)]:
+                if n_left == whole:
+                    raise Foreign("it is of another version of tracekit, or no journal")
+                return found, n_left
+            body = file.read(min(size, n_left))
+            if len(body) < size:  # cut off, unless another entry comes after it
+                return found, n_left if MARK in body else 0
+            if zlib.crc32(body, seed) != checksum:
+                return found, n_left
+            n_left -= len(head) + size
+            line, _, rest = body.partition(b"\n")
+            n_before, lengths, *plain = json.loads(line)
+            ends = list(accumulate(lengths))
+            packed = (rest[end - n : end] for n, end in zip(lengths, ends, strict=True))
             if n_before >= n_known:
-                found.append(entry)
-    return found
+                found.append(Entry(*plain, *packed))
+    return found, 0

@@ -33,16 +33,17 @@ def merge(paths: Sequence[str | Path], output: str | Path, force: bool = False) 
     machine, build or settings than the first, or holds a run that another one holds; and where ``output`` exists
     (without ``force``) or cannot be written. What is there goes when the new trace is complete.
     """
-    output, traces = Path(output), [open_trace(path) for path in paths]
+    output, traces = Path(output).resolve(), [open_trace(path) for path in paths]
     if len(traces) < 2:
         raise TracekitError("one trace has nothing to be merged with; give two or more")
     _check(traces)
-    if any(output.resolve() == trace.path.resolve() for trace in traces):
+    if any(output == trace.path for trace in traces):
         raise TracekitError(f"{output}: is one of those to be merged; choose another name")
     if not force:
         check_free(output)
     check_replaceable(output)
     partial = output.with_name(f".partial-{output.name}")
+    check_replaceable(partial)  # of a merge that was killed; one under way holds it
     try:
         delete(partial)
         with duckdb.connect(str(partial)) as con:

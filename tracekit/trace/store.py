@@ -14,7 +14,7 @@ import polars as pl
 
 from tracekit.errors import TracekitError
 from tracekit.trace import schema
-from tracekit.trace.files import held_by, replaced_of
+from tracekit.trace.files import first_line, head_of, held_by, replaced_of
 from tracekit.trace.journal import journal_of
 
 _COSTLY = "threads", "gpu_layers", "cache_type_k", "cache_type_v", "flash_attn"
@@ -34,7 +34,7 @@ class TraceFile:
             try:
                 return con.sql(sql, params=parameters or None).pl()
             except duckdb.Error as error:
-                raise TracekitError(f"{self.path}: {_reason(str(error))}") from None
+                raise TracekitError(f"{self.path}: {_reason(error)}") from None
 
     @cached_property
     def runs(self) -> pl.DataFrame:
@@ -66,7 +66,7 @@ def open_trace(path: str | Path) -> TraceFile:
     """The trace at ``path``, checked. Raises :class:`TracekitError` for what is no trace of this schema, :class:`NoRun`
     for one that holds nothing.
     """
-    trace = TraceFile(Path(path))
+    trace = TraceFile(Path(path).resolve())  # what lies beside it lies where a link leads
     with connect(trace.path) as con:
         tables = {row[0] for row in con.execute("SELECT table_name FROM information_schema.tables").fetchall()}
         if tables and "runs" not in tables:
@@ -77,7 +77,7 @@ def open_trace(path: str | Path) -> TraceFile:
             query = "SELECT DISTINCT schema_version FROM runs"
             versions = {row[0] for row in con.execute(query).fetchall()} if tables else set()
         except duckdb.Error as error:
-            raise TracekitError(f"{path}: {_reason(str(error))}") from None
+            raise TracekitError(f"{path}: {_reason(error)}") from None
     if not versions:
         raise NoRun(
             f"{path}: holds no run; the recording stopped before its first commit; record again{_replaced(trace.path)}"
@@ -103,12 +103,6 @@ def connect(path: Path) -> duckdb.DuckDBPyConnection:
         raise TracekitError(
             f"{path}: no such file; `tracekit record` writes traces, `tracekit calibrate` costs{_replaced(path)}"
         )
-    with path.open("rb") as file:
-        head = file.read(12)
-    if head[8:12] != b"DUCK":
-        raise (TracekitError if head else NoRun)(
-            f"{path}: not a DuckDB file" + ("" if head else f" (it is empty){_replaced(path)}")
-        )
     late = time.monotonic() + PATIENCE_S
     while True:
         try:
@@ -121,10 +115,18 @@ def connect(path: Path) -> duckdb.DuckDBPyConnection:
             finish(path)
         except duckdb.Error as error:
             if not (held := held_by(error)):
-                raise TracekitError(f"{path}: {_reason(str(error))}") from None
+                raise _unreadable(path, error) from None
             if time.monotonic() > late:
                 raise TracekitError(f"{path}: {held}") from None
             time.sleep(0.05)
+
+
+def _unreadable(path: Path, error: duckdb.Error) -> TracekitError:
+    if (head := head_of(path))[8:] == b"DUCK":
+        return TracekitError(f"{path}: {_reason(error)}")
+    if head:
+        return TracekitError(f"{path}: not a DuckDB file")
+    return NoRun(f"{path}: not a DuckDB file (it is empty){_replaced(path)}")
 
 
 def _replaced(path: Path) -> str:
@@ -133,7 +135,7 @@ def _replaced(path: Path) -> str:
     return f"; what it should have replaced is {kept}" if kept.is_file() else ""
 
 
-def _reason(message: str) -> str:
-    if "newer" in message and "version" in message:
+def _reason(error: duckdb.Error) -> str:
+    if "different version" in str(error) or "newer version" in str(error):
         return "written by a newer DuckDB; upgrade duckdb"
-    return f"damaged or truncated ({message.splitlines()[0]})"
+    return f"damaged or truncated ({first_line(error)})"

@@ -59,7 +59,11 @@ class Taken(TracekitError):
 
 
 def check_free(path: Path) -> None:
-    """Raise :class:`Taken` where there is something at ``path``, or left beside it by another recording."""
+    """Raise :class:`Taken` where there is something at ``path``, or left beside it by another recording;
+    :class:`TracekitError` where a folder is.
+    """
+    if path.is_dir():
+        raise TracekitError(f"{path}: a folder; choose another name")
     there = [file for file in files_of(path) if file.exists()]
     if there:
         raise Taken(f"{there[0]}: exists; nothing recorded is overwritten without --force")
@@ -106,6 +110,10 @@ class TraceWriter:
         """Rows in ``tables`` together. Raises ``duckdb.Error``."""
         counts = " + ".join(f"(SELECT count(*) FROM {table})" for table in tables)
         return self._con.execute(f"SELECT {counts}").fetchone()[0]
+
+    def trace_id(self) -> str:
+        """Identity of what is recorded in it; empty before there is a run. Raises ``duckdb.Error``."""
+        return self._con.execute("SELECT coalesce(string_agg(trace_id, '+' ORDER BY run), '') FROM runs").fetchone()[0]
 
     def append(self, batches: Mapping[str, Rows]) -> None:
         """Append to each named table, in one transaction. Raises ``duckdb.Error``."""

@@ -343,7 +343,9 @@ def test_what_others_could_not_raise_is_not_taken_for_a_signal(monkeypatch):
 
 def test_a_signal_while_a_decode_logs_is_not_lost(engine):
     """What its handler raises inside llama.cpp's log callback comes out of the step; the engine goes on."""
-    lib.interrupts.append(KeyboardInterrupt())  # as the callback keeps it
+    lib.interrupts[threading.get_ident()] = KeyboardInterrupt()  # as the callback keeps it
+    with ThreadPoolExecutor(1) as pool:  # another thread has no part in it
+        assert pool.submit(engine.generate, "import", max_tokens=3).result().tokens
     with pytest.raises(KeyboardInterrupt):
         engine.generate("import", max_tokens=3)
     assert engine.generate("import", max_tokens=3).tokens

@@ -475,11 +475,17 @@ def test_name_that_is_taken_meanwhile_is_left_to_whoever_took_it(models, setting
 _FORK = """
     import os, sys
     from tracekit.engine import Engine, Settings
+    from tracekit.errors import TracekitError
     with Engine(sys.argv[1], "static:n_max=3", Settings(n_max=6, threads=1), trace=sys.argv[2]) as engine:
         engine.generate("import os", max_tokens=20, prompt_id="before")
         if (child := os.fork()) == 0:
-            engine.close()
-            os._exit(0)
+            try:
+                engine.generate("import os", max_tokens=20, prompt_id="child")  # waits for ever, or says why not
+            except TracekitError as error:
+                assert "started in another process" in str(error)
+                engine.close()
+                os._exit(0)
+            os._exit(1)
         assert os.waitpid(child, 0)[1] == 0
         assert os.path.exists(sys.argv[2] + ".journal")
         engine.generate("import os", max_tokens=20, prompt_id="after")

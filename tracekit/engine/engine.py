@@ -76,7 +76,8 @@ class Engine:
         self._finished: list[Completion] = []  # for step(): requests that were submitted by hand
         self._boxes: dict[int, list] = {}  # where the completion of each request goes; None: it was dropped
         self._owned = ExitStack()
-        self._free = weakref.finalize(self, _free, self._owned, os.getpid())
+        self._process = os.getpid()
+        self._free = weakref.finalize(self, _free, self._owned, self._process)
         try:
             if probe is not None and probe.n_max > self.settings.n_max:
                 raise TracekitError(f"a probe of {probe.n_max} drafts: the engine's n_max is {self.settings.n_max}")
@@ -164,6 +165,8 @@ class Engine:
     def _check_open(self) -> None:
         if self.model is None:
             raise TracekitError("the engine is closed; start another")
+        if os.getpid() != self._process:  # llama.cpp's threads are not there: a decode would wait for them for ever
+            raise TracekitError("the engine was started in another process, of which this is a fork; start one here")
 
     def prepare(self, request: Request) -> list[int]:
         """The prompt's tokens. Raises :class:`TracekitError` for a request that cannot be served."""

@@ -39,7 +39,7 @@ _WARN, _ERROR = 3, 4  # ggml_log_level
 _complaints: deque[tuple[int, str]] = deque(maxlen=200)  # warnings and errors that nobody asked for yet
 _listeners: list[list[str]] = []
 _making = threading.RLock()  # the log and Python's hooks are the process's: one thread makes things, and listens
-interrupts: list[BaseException] = []  # Ctrl-C and the like that came while llama.cpp was logging
+interrupts: dict[int, BaseException] = {}  # by thread: Ctrl-C and the like that came while llama.cpp was logging
 
 
 def _load():
@@ -78,13 +78,13 @@ def _on_log(level: int, text: bytes, _user_data) -> None:
                 heard.append(line)
             log.debug("%s", line)
     except BaseException as error:  # a signal's; through llama.cpp it would not come
-        interrupts.append(error)
+        interrupts[threading.get_ident()] = error
 
 
 def raise_interrupt() -> None:
-    """After a call of llama.cpp: raise what a signal raised during it."""
-    if interrupts:
-        raise interrupts.pop()
+    """After a call of llama.cpp: raise what a signal raised during it, in this thread."""
+    if error := interrupts.pop(threading.get_ident(), None):
+        raise error
 
 
 def made(make: Callable, free: Callable, *arguments: Any) -> Any:
@@ -102,7 +102,7 @@ def _made(make: Callable, free: Callable, *arguments: Any) -> Any:
 
     def hook(lost: Any) -> None:
         if "ctypes callback" in (lost.err_msg or ""):
-            interrupts.append(lost.exc_value)
+            interrupts[threading.get_ident()] = lost.exc_value
         else:  # another's: a finalizer's, say
             before(lost)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from tracekit.errors import TracekitError
 from tracekit.policy.rule import Policy, rule
@@ -69,7 +70,8 @@ class Serving:
         """What things cost when served like this, for drafts of up to ``n_max`` tokens, from the times in ``trace``.
         Raises :class:`TracekitError` where they do not tell.
         """
-        return costs.fit(trace, n_max) if self.n_slots == 1 else lockstep_costs.fit(trace, n_max, self.sizes)
+        with threadpool_limits(1, "blas"):  # products are small: threads wait busily for each other, for up to a minute
+            return costs.fit(trace, n_max) if self.n_slots == 1 else lockstep_costs.fit(trace, n_max, self.sizes)
 
     def tokens(self, positions: Positions) -> np.ndarray:
         """Tokens of each request that its time brings, float64 ``[n_requests]``."""

@@ -19,7 +19,7 @@ demo: $(STAMP)
 CUDA_BIN := .venv-cuda/bin
 demo-cuda:
 	@command -v nvcc >/dev/null || { echo "no nvcc: install NVIDIA's CUDA toolkit, or see docs/cuda.md"; exit 2; }
-	@test -d .venv-cuda || $(PYTHON) -m venv .venv-cuda
+	@test -x .venv-cuda/bin/pip || $(PYTHON) -m venv --clear .venv-cuda
 	@test -f .venv-cuda/.installed || { echo "Building llama.cpp with CUDA for this GPU: minutes on 16 cores."; \
 	    CMAKE_ARGS="-DGGML_CUDA=on -DCMAKE_CUDA_ARCHITECTURES=native -DLLAVA_BUILD=OFF" CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) \
 	    $(CUDA_BIN)/python -m pip install --disable-pip-version-check --no-cache-dir -e ".[engine]" \
@@ -45,7 +45,7 @@ notebook: $(STAMP)
 	$(BIN)/jupyter lab notebooks
 
 $(STAMP): pyproject.toml
-	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)  # one that was stopped half-way is made anew
 	@echo "Installing into $(VENV). llama-cpp-python is built from source: about 6 minutes on 2 cores."
 	@$(BIN)/python -m pip install --disable-pip-version-check -v -e ".[engine,test]" 2>&1 \
 	    | tee $(VENV)/install.log \

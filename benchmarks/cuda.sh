@@ -15,6 +15,7 @@
 # own. MODELS: where the big models go (models-cuda).
 set -eu
 usage() { sed -n '5,11s/^#  *//p' "$0" >&2; exit 2; }
+unset CDPATH # with it cd may lead elsewhere, and prints where
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(dirname "$here")
 python=${PYTHON:-python3}
@@ -31,7 +32,7 @@ wheel() {
     [ -x "$nvcc" ] || { echo "cuda.sh: no nvcc; install NVIDIA's CUDA toolkit, or put its bin folder into PATH" >&2; exit 2; }
     mkdir -p "$folder"
     folder=$(cd "$folder" && pwd)
-    [ -d "$folder/venv" ] || "$python" -m venv "$folder/venv"
+    [ -x "$folder/venv/bin/pip" ] || "$python" -m venv --clear "$folder/venv"
     bin=$folder/venv/bin
     "$bin/python" -m pip install -q "scikit-build-core[pyproject]" cmake ninja wheel
 
@@ -113,14 +114,14 @@ find_libraries() { # CUDA's may lie in PyTorch's packages
     libraries=$("$python" -c 'import glob, site
 print(":".join(p for s in site.getsitepackages() for p in glob.glob(s + "/nvidia/*/lib")))')
     # no empty part: that is the current folder
-    export PYTHONPATH="${site:+$site:}$root"
+    export PYTHONPATH="${site:+$site:}$root${PYTHONPATH:+:$PYTHONPATH}"
     export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:-}${LD_LIBRARY_PATH:+${libraries:+:}}$libraries"
 }
 
 install() {
     "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade ${site:+--target "$site"} "$1"/*.whl
     # what tracekit asks for and is not there yet: it may come with another trip
-    missing=$(PYTHONPATH=$site "$python" -c '
+    missing=$(PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} "$python" -c '
 from importlib.metadata import PackageNotFoundError, requires, version
 import re
 try:
@@ -138,14 +139,21 @@ for name in wanted:
     "$python" -m tracekit doctor
 }
 
+left() { # of the minutes that were given; 0: there is no limit
+    awk -v all="$minutes" -v gone=$(($(date +%s) - began)) 'BEGIN {
+        rest = all - gone / 60; print(all == 0 ? 0 : (rest > 0 ? rest : "nothing")) }'
+}
+
 run() {
+    minutes=${3:-0}
+    case $minutes in *[!0-9.]* | *.*.* | .) echo "cuda.sh: $minutes: minutes are a number" >&2; exit 2 ;; esac
     find_libraries
     began=$(date +%s)
     for try in 1 2 3; do
-        left=$(awk "BEGIN { print ${3:-0} ? ${3:-0} - ($(date +%s) - $began) / 60 : 0 }")
-        case $left in -*) exit 3 ;; esac
+        rest=$(left)
+        [ "$rest" != nothing ] || exit 3
         code=0
-        "$python" -m tracekit campaign "${2:-cuda}" -o "$1" --models "$models" --minutes "$left" || code=$?
+        "$python" -m tracekit campaign "${2:-cuda}" -o "$1" --models "$models" --minutes "$rest" || code=$?
         case $code in
             0) break ;;
             134 | 139) [ "$try" = 3 ] || echo "cuda.sh: llama.cpp ended the process; going on with what is missing" >&2 ;;
@@ -154,11 +162,16 @@ run() {
     done
     [ "$code" = 0 ] || exit "$code"
     model=$(find "$models" -name '*.gguf' ! -name '*sidecar*' | sort | head -n 1)
-    for script in backend_sampling overhead; do # what copying logits costs, and what recording does
+    for script in backend_sampling overhead; do # what copying logits costs, and what recording does: a minute or two each
         [ -f "$1/$script.txt" ] && continue
-        "$python" "$here/$script.py" --repeats 4 "$model" >"$1/$script.partial" 2>&1 || echo "failed" >>"$1/$script.partial"
+        [ "$(left)" != nothing ] || exit 3
+        options="--repeats 2 --max-tokens 48 --every 5"
+        [ "$script" = backend_sampling ] || options="--repeats 2 --max-tokens 64 --prompts 3 --starts 2"
+        # shellcheck disable=SC2086  # a list of options
+        "$python" "$here/$script.py" $options "$model" >"$1/$script.partial" 2>&1 || code=$?
+        cat "$1/$script.partial"
+        [ "$code" = 0 ] || { echo "cuda.sh: $script.py failed; the same command tries it again" >&2; exit "$code"; }
         mv "$1/$script.partial" "$1/$script.txt"
-        cat "$1/$script.txt"
     done
 }
 

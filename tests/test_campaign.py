@@ -440,6 +440,9 @@ elif words[2:3] == ["download"]:
     (here / "told").write_text(words[-1])
 elif words[0].endswith("cuda_repack.py"):
     shutil.copy(*words[1:])
+elif words[0].endswith(("overhead.py", "backend_sampling.py")):
+    print(*words[1:])
+    sys.exit(words[0].endswith("overhead.py") and (here / "broken").exists())
 """
 
 
@@ -450,7 +453,8 @@ def _carry(tmp_path, *arguments, **environment):
     python.chmod(0o755)
     (tmp_path / "models").mkdir()
     given = {"PYTHON": str(python), "MODELS": str(tmp_path / "models")} | environment
-    kept = {name: value for name, value in os.environ.items() if name not in ("LD_LIBRARY_PATH", "HAVE", "SITE")}
+    own = "LD_LIBRARY_PATH", "PYTHONPATH", "HAVE", "SITE"
+    kept = {name: value for name, value in os.environ.items() if name not in own}
     return subprocess.run(["sh", str(CUDA_SH), *map(str, arguments)], env=kept | given, capture_output=True, text=True)
 
 
@@ -483,6 +487,33 @@ def test_nothing_is_imported_from_the_current_folder(tmp_path, site, libraries):
         assert "" not in parts
         assert parts[:1] == [given] or not given
     assert str(CUDA_SH.parent.parent) in told
+
+
+def test_what_the_user_has_set_up_is_kept(tmp_path):
+    """Packages that PYTHONPATH leads to are still found, after ours; CDPATH leads no path astray."""
+    (tmp_path / "out").mkdir()
+    told = _carried(tmp_path, "run", tmp_path / "out", PYTHONPATH="/modules", CDPATH=f".:{tmp_path}")
+    assert told.split("|")[0].endswith(f"{CUDA_SH.parent.parent}:/modules")
+
+
+@pytest.mark.parametrize("minutes", ["6m", "abc", "1.2.3", "."])
+def test_minutes_that_are_no_number_are_refused(tmp_path, minutes):
+    """They had been taken for another number, or for no limit."""
+    result = _carry(tmp_path, "run", tmp_path / "out", "cuda", minutes)
+    assert (result.returncode, result.stderr) == (2, f"cuda.sh: {minutes}: minutes are a number\n")
+
+
+def test_a_benchmark_that_fails_is_tried_again(tmp_path):
+    """What it said is shown and kept apart; the next call has the rest."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "broken").touch()
+    result = _carry(tmp_path, "run", tmp_path / "out")
+    assert (result.returncode, "overhead.py failed" in result.stderr) == (1, True)
+    assert {f.name for f in (tmp_path / "out").iterdir()} == {"backend_sampling.txt", "overhead.partial"}
+    (tmp_path / "broken").unlink()
+    shutil.rmtree(tmp_path / "models")
+    _carry(tmp_path, "run", tmp_path / "out").check_returncode()
+    assert {f.name for f in (tmp_path / "out").iterdir()} == {"backend_sampling.txt", "overhead.txt"}
 
 
 @pytest.mark.parametrize(("crashes", "minutes", "code"), [(2, "0", 0), (2, "6", 0), (3, "6", 134), (1, "0.01", 3)])

@@ -45,7 +45,8 @@ def replay(
     policies = [p for text in policy or [] for p in parse(text)]
     source = open_trace(trace)
     pictures.check(plot)
-    league = League.of(source, open_trace(cost) if cost else None, parallel)
+    with out.progress("fitting costs") as update:
+        league = League.of(source, open_trace(cost) if cost else None, parallel, progress=update)
     frame = league.table(policies or league.usual_policies())
     if sort:
         frame = frame.sort("tokens_per_second", descending=True)

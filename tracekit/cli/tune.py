@@ -59,7 +59,8 @@ def tune(
     elif force:
         raise TracekitError("--force needs -o, the file that it overwrites")
     wanted = None if space is None else read_space(space)
-    league = League.of(open_trace(trace), open_trace(cost) if cost else None, parallel)
+    with out.progress("fitting costs") as update:
+        league = League.of(open_trace(trace), open_trace(cost) if cost else None, parallel, progress=update)
     with out.progress("policies") as update:
         found = search(league, wanted, max_slowdown, folds, seed, update)
     if output is not None:

@@ -16,7 +16,7 @@ idle, and each draft length.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -41,6 +41,7 @@ from tracekit.replay.steps import Steps
 from tracekit.trace.store import TraceFile
 
 N_BOOT = 100
+Progress = Callable[[int, int], None]
 _PLAIN = [kernel.STEPS, kernel.TOKENS, kernel.N_SCALARS + 1]  # of a step that decodes one token
 _OCCASIONS = [  # of a target decode, whatever its width
     *(kernel.RESHAPES, kernel.RESHAPES_ONE, kernel.CAPTURES, kernel.CAPTURES_ONE, kernel.SETTLING, kernel.FIRSTS),
@@ -76,19 +77,24 @@ class CostModel:
         return hashlib.sha256(np.round(self.prices, 6).tobytes()).hexdigest()[:12]
 
 
-def fit(trace: TraceFile, n_max: int, n_boot: int = N_BOOT, seed: int = 0) -> CostModel:
-    """The cost model of ``trace``, from its steps with one slot active: of a recording or a calibration. Raises
-    :class:`TracekitError` where something that is needed was never measured.
+def fit(
+    trace: TraceFile, n_max: int, n_boot: int = N_BOOT, seed: int = 0, progress: Progress | None = None
+) -> CostModel:
+    """The cost model of ``trace``, from its steps with one slot active: of a recording or a calibration.
+    ``progress(done, total)`` counts bootstrap draws. Raises :class:`TracekitError` where something that is needed was
+    never measured.
     """
     steps, drift, prices, ratio = fit_steps(Steps.read(trace, n_max), n_max)
     _price_long_catchups(steps.prompt_line, prices, n_max)
     rng = np.random.default_rng(seed)
     boot = []
-    for _ in range(n_boot):
+    for i in range(n_boot):
         drawn, level = steps.resampled(rng, drift)
         priced = prices_of(drawn, n_max, otherwise=prices)
         priced[_FIXED] = prices[_FIXED]  # a line through a few dozen prompts; its uncertainty is not drawn
         boot.append(priced * level)
+        if progress:
+            progress(i + 1, n_boot)
     return CostModel(
         n_max=n_max,
         prices=prices,

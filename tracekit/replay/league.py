@@ -14,7 +14,7 @@ from tracekit.replay import kernel
 from tracekit.replay.arrays import Positions
 from tracekit.replay.arrays import positions as positions_of
 from tracekit.replay.clairvoyant import clairvoyant_us
-from tracekit.replay.costs import CostModel
+from tracekit.replay.costs import CostModel, Progress
 from tracekit.replay.robust import reach_of_ratio
 from tracekit.replay.serving import Serving
 from tracekit.trace.store import TraceFile, recorded_with
@@ -72,17 +72,18 @@ class League:
         n_slots: int | None = None,
         queue: Sequence[str] | None = None,
         wave: int | None = None,
+        progress: Progress | None = None,
     ) -> League:
         """The league of a trace, served over ``n_slots`` slots, or as it was recorded; at its own costs, or those of
         ``times``, another trace or a calibration. ``queue``: prompt ids in the order they are served; None: as
-        recorded; ``wave``: :class:`~tracekit.replay.serving.Serving`'s. Raises
-        :class:`~tracekit.errors.TracekitError` where the times do not tell enough.
+        recorded; ``wave``: :class:`~tracekit.replay.serving.Serving`'s. ``progress(done, total)`` counts draws of the
+        costs. Raises :class:`~tracekit.errors.TracekitError` where the times do not tell enough.
         """
         priced = times or trace
         serving = Serving.of(priced, Serving.of(trace, n_slots).n_slots, wave)
         found = positions_of(trace, serving.shortest)
         found = found if queue is None else found.queued(queue)
-        return cls(found, serving.fit(priced, found.n_max), trace, priced, serving=serving)
+        return cls(found, serving.fit(priced, found.n_max, progress), trace, priced, serving=serving)
 
     def times(self, policies: Sequence[Policy]) -> np.ndarray:
         """Predicted microseconds of every request under every policy, the longest over the fills: float64

@@ -16,7 +16,7 @@ import polars as pl
 from tracekit.errors import TracekitError
 from tracekit.policy.rule import rule
 from tracekit.replay import link, lockstep
-from tracekit.replay.costs import N_BOOT, CostModel, measured_cells
+from tracekit.replay.costs import N_BOOT, CostModel, Progress, measured_cells
 from tracekit.replay.robust import (
     LEAST,
     blocks_of,
@@ -42,17 +42,21 @@ _PARTS = {  # what was measured, and the counts it is made of
 }
 
 
-def fit(trace: TraceFile, n_max: int, sizes: Sizes, n_boot: int = N_BOOT, seed: int = 0) -> CostModel:
-    """The cost model of ``trace`` for several slots, from all of its steps. Raises :class:`TracekitError` where
-    something that is needed was never measured.
+def fit(
+    trace: TraceFile, n_max: int, sizes: Sizes, n_boot: int = N_BOOT, seed: int = 0, progress: Progress | None = None
+) -> CostModel:
+    """The cost model of ``trace`` for several slots, from all of its steps. ``progress`` and what it raises: as for one
+    slot (:func:`tracekit.replay.costs.fit`).
     """
     steps, fitted, prices, slowness, ratio = fit_steps(_Steps.read(trace, n_max, sizes))
     rng, boot = np.random.default_rng(seed), []
     n_steps = np.bincount(steps.block, minlength=len(slowness))
-    for _ in range(n_boot):
+    for i in range(n_boot):
         times = drawn(rng, steps.block, steps.kinds)
         level = (times * n_steps * slowness).sum() / (times * n_steps).sum()
         boot.append(level * _prices([np.tensordot(times, g, 1) for g in fitted], steps))
+        if progress:
+            progress(i + 1, n_boot)
     boot = widened(np.array(boot), prices, len(slowness))
     return CostModel(
         n_max=n_max,

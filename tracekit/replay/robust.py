@@ -18,17 +18,26 @@ _ITERATIONS = 100  # per price: SciPy's default of a few is an error where price
 _PIECES = 10  # of a stretch of time that is the only one
 
 
+def median(values: np.ndarray) -> float:
+    """That of ``np.median``, which takes six times as long for the few numbers of a cell."""
+    half, odd = divmod(len(values), 2)
+    if odd:
+        return np.partition(values, half)[half]
+    below, above = np.partition(values, (half - 1, half))[half - 1 : half + 1]
+    return (below + above) / 2
+
+
 def deviation(values: np.ndarray) -> float:
     """Median absolute deviation from the median."""
-    return float(np.median(np.abs(values - np.median(values))))
+    return float(median(np.abs(values - median(values))))
 
 
 def pulled_in(values: np.ndarray, tail: float = 0.0) -> np.ndarray:
     """``values`` with those far off (a descheduled process, not the work) pulled in to eight median deviations, or to
     the share ``tail`` of the median where that is farther.
     """
-    middle = np.median(values)
-    reach = max(8 * deviation(values), tail * abs(middle)) + 1e-9
+    middle = median(values)
+    reach = max(8 * median(np.abs(values - middle)), tail * abs(middle)) + 1e-9
     return np.clip(values, middle - reach, middle + reach)
 
 
@@ -68,7 +77,7 @@ def members(keys: np.ndarray, n: int) -> list[np.ndarray]:
 
 def slowness_of(ratio: np.ndarray, blocks: list[np.ndarray]) -> np.ndarray:
     """Median of measured over fitted time in each of the ``blocks``; 1 where too few steps tell."""
-    return np.array([np.median(ratio[b]) if len(b) >= 4 * LEAST else 1.0 for b in blocks])
+    return np.array([median(ratio[b]) if len(b) >= 4 * LEAST else 1.0 for b in blocks])
 
 
 def trend(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -135,7 +144,7 @@ def beside(x: np.ndarray, y: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     levels = np.where(values < 1, size == values, size >= values)
     columns = np.column_stack((x * told, levels)).astype(float)
     products = columns.T @ columns
-    medians = np.array([np.median(y[of]) for of in every])
+    medians = np.array([median(y[of]) for of in every])
     aim = np.minimum(y, _MOST * np.maximum(medians, 0)[groups])
     wanted, found = aim, np.zeros(columns.shape[1])
     for _ in range(4):

@@ -14,7 +14,7 @@ from tracekit.errors import TracekitError
 from tracekit.policy.rule import Policy, rule
 from tracekit.replay import costs, kernel, lockstep, lockstep_costs, simulate
 from tracekit.replay.arrays import Positions
-from tracekit.replay.costs import CostModel
+from tracekit.replay.costs import CostModel, Progress
 from tracekit.trace.store import TraceFile
 
 _NO_ROUNDS = np.zeros((0, 2), np.int16)
@@ -66,12 +66,14 @@ class Serving:
         """What the simulator takes."""
         return self.n_slots, self.n_batch, self.n_ubatch, self.kv_unified, self.tail, self.wave or 1 << 62
 
-    def fit(self, trace: TraceFile, n_max: int) -> CostModel:
+    def fit(self, trace: TraceFile, n_max: int, progress: Progress | None = None) -> CostModel:
         """What things cost when served like this, for drafts of up to ``n_max`` tokens, from the times in ``trace``.
-        Raises :class:`TracekitError` where they do not tell.
+        ``progress(done, total)`` counts bootstrap draws. Raises :class:`TracekitError` where they do not tell.
         """
         with threadpool_limits(1, "blas"):  # products are small: threads wait busily for each other, for up to a minute
-            return costs.fit(trace, n_max) if self.n_slots == 1 else lockstep_costs.fit(trace, n_max, self.sizes)
+            if self.n_slots == 1:
+                return costs.fit(trace, n_max, progress=progress)
+            return lockstep_costs.fit(trace, n_max, self.sizes, progress=progress)
 
     def tokens(self, positions: Positions) -> np.ndarray:
         """Tokens of each request that its time brings, float64 ``[n_requests]``."""

@@ -243,7 +243,11 @@ def test_only_steps_of_one_slot_price_one_slot(calibrated, models, tmp_path):
     settings, sweep = Settings(n_slots=2, n_ctx=plan.n_ctx(512), n_max=2, threads=1), Sweep(2)
     with Engine(models["plain"], settings=settings, trace=path, probe=sweep) as engine:
         calibrate(engine, sweep, plan)
-    with pytest.raises(TracekitError, match="1 among --slots"):
+    with pytest.raises(TracekitError, match="wanted; calibrate with 1 among --slots"):
+        fit(open_trace(path), 2)
+    with duckdb.connect(str(path)) as con:
+        con.execute("DELETE FROM run_ends")
+    with pytest.raises(TracekitError, match="wanted; it was cut off; calibrate again"):
         fit(open_trace(path), 2)
 
 

@@ -107,6 +107,16 @@ def test_steps_that_took_no_time_are_refused(tmp_path):
         fit(cut(tmp_path / "t.duckdb", "UPDATE steps SET wall_us = 0"), 8)
 
 
+def test_a_baseline_of_a_few_steps_is_told_from_none(tmp_path):
+    """What was recorded, and is too little, is not said to be missing."""
+    bare = "SELECT step FROM steps WHERE NOT mtp AND n_slots = 1 AND n_prompt = 0 ORDER BY step"
+    few = f"UPDATE steps SET mtp = true WHERE NOT mtp AND step NOT IN ({bare} LIMIT 3)"
+    with pytest.raises(TracekitError, match="3 steps without MTP, 5 are needed; record more prompts or tokens"):
+        fit(cut(tmp_path / "few.duckdb", few), 8)
+    with pytest.raises(TracekitError, match="the baseline without MTP was not recorded; record with --baseline"):
+        fit(cut(tmp_path / "none.duckdb", "UPDATE steps SET mtp = true"), 8)
+
+
 def test_a_busy_machine_is_said(steps, monkeypatch):
     """Where steps take now this long and now twice as long, the prices are called what they are."""
     assert "busy" not in League.of(open_trace(SHIPPED)).warning

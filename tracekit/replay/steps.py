@@ -64,10 +64,12 @@ class Steps:
         verb = "calibrate" if calibration else "record"
         if trace.runs["n_max"].max() < n_max:
             raise TracekitError(
-                f"{trace.path}: its times are of up to {trace.runs['n_max'].max()} drafts, {n_max} are wanted; {verb} "
-                f"it with --n-max {n_max}"
+                f"{trace.path}: its times are of up to {trace.runs['n_max'].max()} drafts, the trace to be priced has up "
+                f"to {n_max}; {verb} it with --n-max {n_max}"
             )
         alone = "calibrate with 1 among --slots" if calibration else "record with --parallel 1"
+        if calibration and trace.runs["wall_us"].is_null().any():
+            alone = "it was cut off; calibrate again, with 1 among --slots"
         frame = trace.frame(
             """WITH drafted AS (
                    SELECT run, step, n_draft_decodes AS n, CASE WHEN n_draft_decodes > 0 THEN n_catchup ELSE n_ahead END
@@ -121,9 +123,12 @@ class Steps:
         found = cls(str(trace.path), advice, _prompt_line(trace), n_blocks, False, **columns)
         if (found.wall <= 0).any():
             raise TracekitError(f"{trace.path}: damaged: steps that took no time")
-        if ((found.mtp == 0) & (found.loaded == 0)).sum() < LEAST:
-            baseline = alone if several else f"record with --baseline, {_OR}"
+        n_bare = int(((found.mtp == 0) & (found.loaded == 0)).sum())
+        if n_bare == 0:
+            baseline = alone if several or calibration else f"record with --baseline, {_OR}"
             raise TracekitError(f"{trace.path}: the baseline without MTP was not recorded; {baseline}")
+        if n_bare < LEAST:
+            raise TracekitError(f"{trace.path}: {n_bare} steps without MTP, {LEAST} are needed; {advice}")
         return found
 
     def take(self, chosen: np.ndarray) -> Steps:

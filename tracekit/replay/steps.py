@@ -64,8 +64,8 @@ class Steps:
         verb = "calibrate" if calibration else "record"
         if trace.runs["n_max"].max() < n_max:
             raise TracekitError(
-                f"{trace.path}: its times are of up to {trace.runs['n_max'].max()} drafts, the trace to be priced has up "
-                f"to {n_max}; {verb} it with --n-max {n_max}"
+                f"{trace.path}: its times are of up to {trace.runs['n_max'].max()} drafts, the trace to be priced has "
+                f"up to {n_max}; {verb} it with --n-max {n_max}"
             )
         alone = "calibrate with 1 among --slots" if calibration else "record with --parallel 1"
         if calibration and trace.runs["wall_us"].is_null().any():

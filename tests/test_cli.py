@@ -679,9 +679,20 @@ def test_intervals_of_what_never_happened():
     assert ratio_interval(np.full(10, 9), np.full(10, 9)) == (1.0, 0.7, 1.0)
     assert ratio_interval(np.array([3]), np.array([4])) == (0.75, None, None)
     assert ratio_interval(np.array([3, 1]), np.array([4, 4])) == (0.5, 0.0, 1.0)  # two tell next to nothing
-    few, many = (ratio_interval(np.tile([5, 4, 3], n), np.full(3 * n, 8)) for n in (1, 100))
+    few, many = (
+        ratio_interval(np.array([5, 4, 3]), np.full(3, 8)),
+        ratio_interval(np.tile([6, 4, 2], 100), np.full(300, 8)),
+    )
     assert few[1] == pytest.approx(0.5 - student.ppf(0.975, 2) * 0.125 / 3**0.5)
-    assert many[2] == pytest.approx(0.5 + 1.96 * 0.125 * (2 / 3) ** 0.5 / 300**0.5, rel=0.01)
+    assert many[2] == pytest.approx(0.5 + 1.96 * 0.25 * (2 / 3) ** 0.5 / 300**0.5, rel=0.01)
+
+
+def test_intervals_of_equal_requests_have_a_width():
+    """Requests that happen to have the same ratio tell no more than as many independent drafts."""
+    from tracekit.report.stats import ratio_interval
+
+    ratio, low, high = ratio_interval(np.array([8, 8]), np.array([11, 11]))
+    assert (high - ratio, ratio - low) == pytest.approx((1.96 * (8 * 3 / 11**2 / 22) ** 0.5,) * 2)
 
 
 @pytest.mark.parametrize(("seen", "n"), [(0, 100), (1, 100), (7, 100), (50, 50_000), (99, 100)])

@@ -77,12 +77,14 @@ def acceptance_by_position(trace: TraceFile) -> pl.DataFrame:
     """``category, position, n, ratio, low, high``: how often draft ``position`` was right, given that it was tried.
 
     In a probe every draft up to ``n_max`` is tried, whatever came before it; a draft counts as right where it and all
-    before it were. The interval resamples requests.
+    before it were. Drafts beyond a text's end (an end token, a stop string, a cancelled request) are not counted:
+    nobody knows what would have followed. The interval is over requests.
     """
     rows = trace.frame(
-        """SELECT r.run, r.request, r.category, CASE r.arm WHEN 'probe' THEN v.n_proposed ELSE v.n_drafted END AS tried,
-                  v.n_matched AS matched
-           FROM requests r JOIN verifications v USING (run, request)
+        """SELECT r.run, r.request, r.category, v.n_matched AS matched,
+                  least(CASE r.arm WHEN 'probe' THEN v.n_proposed ELSE v.n_drafted END,
+                        e.n_generated - v.n_generated) AS tried  -- no end, cut off: all that is there was judged
+           FROM requests r JOIN verifications v USING (run, request) LEFT JOIN request_ends e USING (run, request)
            WHERE arm IN ('probe', 'live') AND v.n_proposed > 0 ORDER BY r.run, r.request"""
     )
     if rows.is_empty():
@@ -119,13 +121,16 @@ def acceptance_by_position(trace: TraceFile) -> pl.DataFrame:
 
 
 def ratio_interval(part: np.ndarray, whole: np.ndarray) -> tuple[float, float | None, float | None]:
-    """``sum(part) / sum(whole)`` and its 95 % interval over the entries (requests); by the rule of three over these
-    where all or none happened, None with a single entry.
+    """``sum(part) / sum(whole)`` and its 95 % interval over the entries (requests), never narrower than were each of
+    the ``whole`` independent; by the rule of three over entries where all or none happened, None with a single one.
     """
     n, ratio = len(whole), float(part.sum() / max(whole.sum(), 1))
     if n < 2:
         return ratio, None, None
-    reach = min(1.0, 3 / n) if ratio in (0.0, 1.0) else ratio * reach_of_ratio(part, whole)
+    if ratio in (0.0, 1.0):
+        reach = min(1.0, 3 / n)
+    else:
+        reach = max(ratio * reach_of_ratio(part, whole), 1.96 * (ratio * (1 - ratio) / whole.sum()) ** 0.5)
     return ratio, max(0.0, ratio - reach), min(1.0, ratio + reach)
 
 

@@ -671,6 +671,18 @@ def test_damaged_traces_are_named(recorded, tmp_path, damage, says):
     assert result.stderr.count("\n") == 1
 
 
+def test_numbers_of_a_query_are_numbers_in_json(recorded):
+    """Sums of integers and decimals are numbers, however wide DuckDB makes them; bytes are hexadecimal text."""
+    query = (
+        "SELECT sum(n) AS sum, sum(n)::HUGEINT << 64 AS huge, 1.25 AS part, 2.00 AS whole, [sum(n)] AS list, "
+        "'\\xAA'::BLOB AS blob, sum(n) FILTER (n > 9) AS none FROM range(7) of(n)"
+    )
+    (row,) = json.loads(tracekit("sql", recorded, query, "--json").stdout)
+    wanted = {"sum": 21, "huge": 21 << 64, "part": 1.25, "whole": 2, "list": [21], "blob": "aa", "none": None}
+    assert row == wanted
+    assert {name: type(value) for name, value in row.items()} == {name: type(value) for name, value in wanted.items()}
+
+
 def test_intervals_of_what_never_happened():
     """A share of none or all has an interval by the rule of three over requests; that of one request has none."""
     from tracekit.report.stats import ratio_interval

@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,10 @@ def _finite(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Decimal):  # also DuckDB's sums of integers
+        return int(value) if value == int(value) else float(value)
+    if isinstance(value, bytes):
+        return value.hex()
     return value.item() if hasattr(value, "item") else str(value)
 
 

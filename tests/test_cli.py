@@ -501,6 +501,13 @@ MISTAKES = [
     (["tune", "{trace}", "--space", "{space}"], "drafts more than the"),
     (["sql", "{trace}", "SELECT nonsense"], "the query failed"),
     (["sql", "{trace}", "COPY (SELECT 1) TO '{trace}'"], "would write"),
+    (["sql", "{trace}", "EXPLAIN ANALYZE COPY runs TO '{trace}.csv'"], "would write"),
+    (["sql", "{trace}", "/* é */ explain (analyze) /**/ copy runs to '{trace}.csv' -- select 1"], "would write"),
+    (["sql", "{trace}", "explain analyze with a as (select 1) insert into runs select * from runs"], "would write"),
+    (["sql", "{trace}", "ATTACH '{trace}.other'"], "would write"),
+    (["sql", "{trace}", "EXPORT DATABASE '{trace}-folder'"], "would write"),
+    (["sql", "{trace}", "INSTALL json"], "would write"),
+    (["sql", "{trace}", "SET threads = 1"], "would write"),
     (["sql", "{trace}", "SELECT max(started_at) - min(started_at) AS d FROM runs"], "::VARCHAR"),
     (["sql", "{trace}", "--json"], "--json needs a query"),
     (["stats", "{prompts}"], "not a DuckDB file"),
@@ -669,6 +676,23 @@ def test_damaged_traces_are_named(recorded, tmp_path, damage, says):
     result = tracekit("replay", path, code=2)
     assert says in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "EXPLAIN SELECT 'é' FROM runs",
+        "/* é */ explain analyze with a as (select * from runs) select * from a",
+        "explain (analyze, format json) (select 1) union (select 2)",
+        "explain analyze from runs",
+        "PRAGMA database_size",
+        "DESCRIBE runs",
+        "SHOW TABLES",
+    ],
+)
+def test_queries_that_only_read_are_answered(recorded, query):
+    """Also those that explain what they read, however that is written."""
+    assert json.loads(tracekit("sql", recorded, query, "--json").stdout)
 
 
 def test_numbers_of_a_query_are_numbers_in_json(recorded):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
+import duckdb
 import polars as pl
 import pytest
 
 from tracekit.engine import Engine, Probe
 from tracekit.engine.record import record
-from tracekit.report.stats import acceptance_by_position
+from tracekit.report.stats import acceptance_by_position, summarise
 from tracekit.trace.store import TraceFile, open_trace
 
 from .conftest import N_MAX, requests
@@ -43,3 +45,22 @@ def test_no_draft_beyond_the_end_of_a_text_counts(stopped):
     told = acceptance_by_position(stopped).filter(pl.col("category") == "all")
     assert told["n"].to_list() == n[1:]
     assert told["ratio"].to_list() == pytest.approx([r / of for r, of in zip(right[1:], n[1:], strict=True)])
+
+
+@pytest.mark.parametrize(
+    ("readings", "told"),
+    [
+        (["-1, -1, -1, -1"], []),
+        (["-1, -1, 71.5, -1", "-1, -1, 70, -1"], ["GPU 0: 71 W (at most 72)"]),
+        (["1980, 9, 380, 41", "-1, 9, 390, 43"], ["GPU 0: 1980 MHz (1980 - 1980), 385 W (at most 390), at most 43 C"]),
+    ],
+)
+def test_what_a_gpu_did_not_tell_is_left_out(live_trace, tmp_path, readings, told):
+    """Readings that are not there are no numbers, in no median and in no range; a GPU that told nothing has no note."""
+    path = tmp_path / "t.duckdb"
+    shutil.copy(live_trace, path)
+    with duckdb.connect(path) as con:
+        for values in readings:
+            con.execute(f"INSERT INTO gpu_readings SELECT 0, 0, 0, {values}, 0.5, -1")
+    notes = [note for note in summarise(open_trace(path)).notes if note.startswith("GPU")]
+    assert notes == [f"{note} (medians and ranges of n = {len(readings)} readings)" for note in told]

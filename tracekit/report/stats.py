@@ -223,15 +223,25 @@ def at_most(seen: int, n: int) -> float:
 
 
 def _gpu_notes(trace: TraceFile) -> list[str]:
-    """What each GPU was doing while the trace was recorded: medians and ranges of its readings under load."""
+    """What each GPU was doing while the trace was recorded: medians and ranges of its readings under load, of what it
+    told.
+    """
     readings = trace.frame(
-        """SELECT gpu, count(*)::INT AS n, median(sm_clock_mhz) AS clock, min(sm_clock_mhz) AS low,
-                  max(sm_clock_mhz) AS high, median(power_w) AS power, max(power_w) AS peak,
-                  max(temperature_c) AS temperature
-           FROM gpu_readings GROUP BY gpu ORDER BY gpu"""
+        """WITH told AS (SELECT gpu, nullif(sm_clock_mhz, -1) AS clock, nullif(power_w, -1) AS power,
+                                nullif(temperature_c, -1) AS temperature FROM gpu_readings)
+           SELECT gpu, count(*)::INT AS n, median(clock) AS clock, min(clock) AS low, max(clock) AS high,
+                  median(power) AS power, max(power) AS peak, max(temperature) AS temperature
+           FROM told GROUP BY gpu ORDER BY gpu"""
     )
-    return [
-        f"GPU {r['gpu']}: {r['clock']:.0f} MHz ({r['low']} - {r['high']}), {r['power']:.0f} W (at most "
-        f"{r['peak']:.0f}), at most {r['temperature']} C (medians and ranges of n = {r['n']} readings)"
-        for r in readings.iter_rows(named=True)
-    ]
+    notes = []
+    for r in readings.iter_rows(named=True):
+        parts = []
+        if r["clock"] is not None:
+            parts.append(f"{r['clock']:.0f} MHz ({r['low']} - {r['high']})")
+        if r["power"] is not None:
+            parts.append(f"{r['power']:.0f} W (at most {r['peak']:.0f})")
+        if r["temperature"] is not None:
+            parts.append(f"at most {r['temperature']} C")
+        if parts:
+            notes.append(f"GPU {r['gpu']}: {', '.join(parts)} (medians and ranges of n = {r['n']} readings)")
+    return notes

@@ -206,6 +206,7 @@ def test_force_empties_a_folder_of_what_its_campaign_left_and_nothing_else(tmp_p
     mine = {"notes.md", "tiny.toml", "paper.png", "pyproject.toml", "tiny-aligned-again.json", "b-aligned.duckdb"}
     made = {"tiny-aligned.duckdb", "tiny-aligned.duckdb.wal", "tiny-misaligned-2-slots.toml", "verdict.png"} | {
         "1.5b-calibration.duckdb.journal", "tiny-live-aligned-static-n-max-2-2x512.duckdb", "environment.json.partial",
+        "verdict.png.0a1b2c3d.partial", "tiny-misaligned.toml.00112233.partial",
         "tiny-aligned-cut-off-2.duckdb", "tiny-aligned-cut-off-2.duckdb.journal.journal", "tables.txt",
     }  # fmt: skip  # what a campaign leaves
     left = mine | made | {"plan.toml"}

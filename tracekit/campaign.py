@@ -32,7 +32,7 @@ from tracekit.study import Finding, Study, Teller, complete, conduct, kept, reco
 
 KEPT = (".duckdb", ".json", ".png", ".toml", ".txt")
 _STAGES = r"(?:mis)?aligned(?:-\d+-slots)?|calibration|live-(?:mis)?aligned-[a-z0-9.-]+-\d+x\d+"
-_TOLD = r"plan\.toml|environment\.json|tables\.txt|(?:\.partial-)?verdict\.png"
+_TOLD = r"plan\.toml|environment\.json|tables\.txt|verdict\.png"
 _TIMED = r"(?:backend_sampling|overhead)\.(?:txt|partial)"  # by benchmarks/cuda.sh
 _SAME = "threads", "gpu_layers", "llama_cpp"  # and devices and environment: what timings depend on
 MOST_BYTES = 16_000_000  # of a trace, to be carried
@@ -55,7 +55,7 @@ def _names(folder: Path) -> re.Pattern[str]:
             f"{folder}: neither empty nor of a campaign (no plan.toml); choose another folder with -o"
         ) from None
     made = rf"((?:{sizes})-(?:{_STAGES})(?:-cut-off(?:-\d+)?)?)\.(?:duckdb(?:\.wal|\.journal)*|toml|json)"
-    return re.compile(rf"(?:{made}|{_TOLD}|{_TIMED})(?:\.partial)?")
+    return re.compile(rf"(?:{made}|{_TOLD}|{_TIMED})(?:(?:\.[0-9a-f]{{8}})?\.partial)?")
 
 
 def _told(devices: list[dict[str, Any]]) -> str:

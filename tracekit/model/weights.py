@@ -18,6 +18,7 @@ from typing import Any
 import gguf
 import numpy as np
 
+from tracekit import beside
 from tracekit.errors import TracekitError
 
 ARCH = "hy_v3"
@@ -122,7 +123,7 @@ def write(
     The file appears under its name only when it is complete. ``progress(done, total)`` is called per tensor.
     """
     path, w = Path(path), weights
-    partial = path.with_name(path.name + ".partial")
+    partial = beside.partial_of(path)
     out = gguf.GGUFWriter(partial, ARCH)
     out.add_name("tracekit reference model")
     out.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if dtype == "f16" else gguf.LlamaFileType.ALL_F32)

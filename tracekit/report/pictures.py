@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
+from tracekit import beside
 from tracekit.errors import TracekitError
 
 if TYPE_CHECKING:
@@ -34,9 +35,9 @@ def save(chart: alt.TopLevelMixin, path: str | Path) -> Path:
     """Save ``chart``; PNG at twice the size."""
     path = Path(path)
     check(path)
-    partial = path.with_name(f".partial-{path.name}")
+    partial = beside.partial_of(path)
     try:
-        chart.save(str(partial), **({"scale_factor": 2} if path.suffix == ".png" else {}))
+        chart.save(str(partial), format=path.suffix[1:], **({"scale_factor": 2} if path.suffix == ".png" else {}))
         partial.replace(path)
     except OSError as error:
         raise TracekitError(f"{path}: {error.strerror}") from None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pynvml
@@ -77,6 +79,18 @@ def test_what_llama_cpp_heeds_is_told(monkeypatch, capsys):
     assert told == {"GGML_CUDA_DISABLE_GRAPHS": "1", "CUDA_VISIBLE_DEVICES": "1"}
     doctor()
     assert "heeded   GGML_CUDA_DISABLE_GRAPHS is '1'" in capsys.readouterr().out
+
+
+def test_every_switch_of_llama_cpp_is_told(monkeypatch):
+    """Variables that turn something off, as the library itself names them, are in the provenance."""
+    library = Path(lib.llama.__file__).parent / "lib" / "libllama.so"
+    if not library.exists():
+        pytest.skip("a library of another name")
+    switches = {name.decode() for name in re.findall(rb"LLAMA_[A-Z_]+_DISABLE(?=\0)", library.read_bytes())}
+    assert "LLAMA_ATTN_ROT_DISABLE" in switches
+    for name in switches:
+        monkeypatch.setenv(name, "1")
+    assert switches <= surroundings()["machine"]["environment"].keys()
 
 
 CUDA = """

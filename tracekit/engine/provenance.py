@@ -64,7 +64,8 @@ def _source(policy: Policy) -> dict[str, str]:
     return {} if rule.path.parent == SHIPPED else {"policy_sha256": rule.sha256, "policy_source": rule.source}
 
 
-_HEEDED = "CUDA_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING", "LLAMA_GRAPH_REUSE_DISABLE"  # and GGML_...
+# how what llama.cpp and its back ends read begins, where numbers or times depend on it; the rest only prints more
+_HEEDED = "GGML_", "CUDA_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING", "LLAMA_ATTN_", "LLAMA_GRAPH_REUSE_"
 
 
 def device_name() -> str:
@@ -74,7 +75,7 @@ def device_name() -> str:
 
 def machine() -> dict[str, Any]:
     """Operating system, processor, cores, memory, Python and NVIDIA GPUs of this machine, whether CUDA launches whole
-    graphs (None without CUDA), and what ``environment`` holds of the variables that llama.cpp's back ends heed.
+    graphs (None without CUDA), and what ``environment`` holds of the variables that llama.cpp and its back ends heed.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
     return {
@@ -85,9 +86,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "gpus": gpus(),
         "cuda_graphs": lib.cuda_graphs(),
-        "environment": {
-            name: value for name, value in sorted(os.environ.items()) if name.startswith("GGML_") or name in _HEEDED
-        },
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_HEEDED)},
     }
 
 

@@ -29,7 +29,7 @@ from tracekit.errors import TracekitError
 from tracekit.plans import PLANS, Studied, read_plan, shipped_plans
 from tracekit.policy import file
 from tracekit.report.stats import summarise
-from tracekit.study import Finding, Study, Teller, Workload, complete, conduct, recording
+from tracekit.study import Failed, Finding, Study, Teller, Workload, complete, conduct, recording
 from tracekit.trace.journal import Journal
 from tracekit.trace.rows import GpuReading
 from tracekit.trace.store import open_trace
@@ -118,6 +118,33 @@ def test_a_plan_may_be_for_one_thing(tmp_path):
     assert names == {"plan.toml", "environment.json", "tiny-live-aligned-static-n-max-2-2x512.duckdb"}
 
 
+def test_a_study_that_cannot_be_tuned_does_not_end_a_campaign(tmp_path):
+    """Too few probes to tell what things cost are a line, what comes after goes on, and the end names the study."""
+    text = (PLANS / "smoke.toml").read_text()
+    for key, value in {"n_max": 8, "prompts": 1, "max_tokens": 12}.items():
+        text = re.sub(rf"^{key} = .*", f"{key} = {value}", text, count=1, flags=re.MULTILINE)
+    head, _, rest = text.partition("[[studies]]")
+    live = rest[rest.index("[[live]]") : rest.rindex("[[live]]")]
+    (tmp_path / "plan.toml").write_text(head + '[[studies]]\nhead = "aligned"\n' + live)
+    command = [
+        tmp_path / "plan.toml",
+        "-o",
+        tmp_path / "out",
+        "--models",
+        tmp_path / "models",
+        "--threads",
+        1,
+        "--json",
+    ]
+    for _ in range(2):
+        result = run(*command, code=2)
+        said = result.stderr.splitlines()
+        assert any(line.startswith("[tiny-aligned] failed, going on: ") for line in said)
+        assert "not tuned or verified, for the reasons told above: tiny-aligned; all else is done" in said[-1]
+        assert json.loads(result.stdout) == []
+        assert complete(tmp_path / "out" / "tiny-live-aligned-static-n-max-2-2x512.duckdb")
+
+
 def _study(models, settings, folder):
     """A study that is over soon."""
     return Study(folder, "s", models["plain"], None, replace(settings, n_max=2), Workload(4, 0.0, 1, 1, 0))
@@ -168,14 +195,17 @@ def test_a_trace_that_was_hardly_begun_is_recorded_anew(tmp_path, make):
 
 
 def test_a_recording_that_fails_stops_a_study(models, settings, tmp_path, monkeypatch):
-    """Nothing is tuned on what a full disk has left: one line says what happened, at once."""
+    """Nothing is tuned on what a full disk has left: one line says what happened, at once, and it concerns the whole
+    campaign.
+    """
 
     def full(*_):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(Journal, "append", full)
-    with pytest.raises(TracekitError, match=r"s\.duckdb: recording stopped \(No space left on device\)"):
+    with pytest.raises(TracekitError, match=r"s\.duckdb: recording stopped \(No space left on device\)") as error:
         conduct(_study(models, settings, tmp_path), QUIET)
+    assert not isinstance(error.value, Failed)
     assert not (tmp_path / "s.toml").exists()
     assert not complete(tmp_path / "s.duckdb")
 

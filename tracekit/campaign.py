@@ -28,7 +28,7 @@ from tracekit.errors import TracekitError
 from tracekit.model.build import REFERENCE, build
 from tracekit.plans import Live, Plan, Size, Studied, Surface
 from tracekit.policy.spec import parse_one
-from tracekit.study import Finding, Study, Teller, complete, conduct, kept, recording, remove
+from tracekit.study import Failed, Finding, Study, Teller, complete, conduct, kept, recording, remove
 
 KEPT = (".duckdb", ".json", ".png", ".toml", ".txt")
 _STAGES = r"(?:mis)?aligned(?:-\d+-slots)?|calibration|live-(?:mis)?aligned-[a-z0-9.-]+-\d+x\d+"
@@ -103,18 +103,30 @@ class Campaign:
     def run(self) -> Iterator[Finding]:
         """Every stage that is missing; yields what each study came to. Of every study, recording and surface all sizes
         come in turn, so that a campaign cut short still has a result of each. Raises :class:`Pause` before a stage that
-        would begin after the time given.
+        would begin after the time given, and :class:`Failed` when all else is done where studies were recorded, but
+        could not be tuned or verified.
         """
-        plan = self.plan
+        plan, failed = self.plan, []
         for study in plan.studies:
             for size in plan.sizes:
-                yield self._study(size, study)
+                try:
+                    finding = self._study(size, study)
+                except Failed as error:
+                    failed.append(f"{size.name}-{study.name}")
+                    self.tell.say(f"[{failed[-1]}] failed, going on: {error}")
+                else:
+                    yield finding
         if plan.calibrate:
             for size in plan.sizes:
                 self._calibrate(size, plan.calibrate)
         for live in plan.live:
             for size in plan.sizes:
                 self._record(size, live)
+        if failed:
+            raise Failed(
+                f"not tuned or verified, for the reasons told above: {', '.join(failed)}; all else is done; a plan "
+                "with more prompts or max_tokens may help"
+            )
 
     @property
     def files(self) -> list[Path]:

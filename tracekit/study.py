@@ -104,8 +104,22 @@ class Finding:
     verdict: Verdict
 
 
+class Failed(TracekitError):
+    """What was recorded could not be tuned, or the policy not verified: this study, and no other."""
+
+
+@contextmanager
+def _of_this_study() -> Iterator[None]:
+    try:
+        yield
+    except TracekitError as error:
+        raise Failed(str(error)) from error
+
+
 def conduct(study: Study, tell: Teller, may_go_on: Callable[[], None] = lambda: None) -> Finding:
-    """Every stage of ``study`` whose file is missing; ``may_go_on()`` is asked before each and may raise."""
+    """Every stage of ``study`` whose file is missing; ``may_go_on()`` is asked before each and may raise. Raises
+    :class:`Failed` where it cannot be tuned or verified, other :class:`TracekitError` for what stops others as well.
+    """
     trace, policy, result = (study.folder / f"{study.name}.{ending}" for ending in ENDINGS)
     n_max, work = study.settings.n_max, study.workload
     if not complete(trace):
@@ -120,8 +134,9 @@ def conduct(study: Study, tell: Teller, may_go_on: Callable[[], None] = lambda: 
     if not policy.exists():
         may_go_on()
         tell.say(f"[{study.name}] tuning on the trace")
-        with tell.progress("policies") as update:
-            tune(League.of(open_trace(trace)), seed=work.seed, progress=update).save(policy)
+        with _of_this_study(), tell.progress("policies") as update:
+            best = tune(League.of(open_trace(trace)), seed=work.seed, progress=update)
+        best.save(policy)
     tuned = file.read(policy)
     tell.say(f"[{study.name}] {tuned.evidence.advice}")
     if not result.exists():
@@ -129,7 +144,7 @@ def conduct(study: Study, tell: Teller, may_go_on: Callable[[], None] = lambda: 
         tell.say(
             f"[{study.name}] verifying on held-out prompts: predicted against live, {work.repeats} interleaved repeats"
         )
-        with tell.progress("runs") as update:
+        with _of_this_study(), tell.progress("runs") as update:
             verdict = verify(
                 study.model, standard_arms(tuned.policy, n_max), work.requests("heldout"), study.settings,
                 study.draft_model, work.repeats, seed=work.seed, progress=update,

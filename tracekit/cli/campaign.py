@@ -42,6 +42,7 @@ def campaign(
     from tracekit.errors import TracekitError
     from tracekit.folders import cache_folder
     from tracekit.plans import read_plan
+    from tracekit.study import Failed
 
     wanted, text = read_plan(plan)
     if not minutes >= 0:
@@ -52,7 +53,7 @@ def campaign(
         under_way.open(text, force)
     except OSError as error:
         raise TracekitError(f"{error.filename}: {error.strerror}; choose other folders with -o and --models") from None
-    findings, paused = [], False
+    findings, paused, failed = [], False, None
     try:
         for finding in under_way.run():
             findings.append(finding)
@@ -61,6 +62,8 @@ def campaign(
                 out.print_finding(finding, finding.name)
     except Pause:
         paused = True
+    except Failed as error:
+        failed = error
     if findings:
         _draw(findings, output)
     if json:
@@ -70,6 +73,8 @@ def campaign(
     if paused:
         out.say(f"{minutes:g} minutes are over; the same command goes on with the next stage")
         raise typer.Exit(AGAIN)
+    if failed:
+        raise failed
 
 
 def _tabulate(findings: list[Finding], folder: Path) -> None:

@@ -15,6 +15,9 @@ from tracekit.report.surface import as_json, is_calibration, surface, surface_no
 from tracekit.trace.store import TraceFile
 
 _LEAST_US = 100_000  # of generating, of which recording's share is told
+_ACCEPTANCE = {"category": pl.String, "position": pl.Int64, "n": pl.Int64} | dict.fromkeys(
+    ("ratio", "low", "high"), pl.Float64
+)
 BROKEN = 0.05  # first-draft acceptance below which a drafter is called broken rather than unlucky
 
 
@@ -87,37 +90,17 @@ def acceptance_by_position(trace: TraceFile) -> pl.DataFrame:
            FROM requests r JOIN verifications v USING (run, request) LEFT JOIN request_ends e USING (run, request)
            WHERE arm IN ('probe', 'live') AND v.n_proposed > 0 ORDER BY r.run, r.request"""
     )
-    if rows.is_empty():
-        return pl.DataFrame(
-            schema={
-                "category": pl.String,
-                "position": pl.Int64,
-                "n": pl.Int64,
-                "ratio": pl.Float64,
-                "low": pl.Float64,
-                "high": pl.Float64,
-            }
-        )
     found = []
     groups = [("all", rows), *((k[0], g) for k, g in sorted(rows.group_by("category"), key=lambda kg: kg[0]))]
     for category, group in groups if len(groups) > 2 else groups[:1]:
-        for position in range(1, int(group["tried"].max()) + 1):
+        for position in range(1, int(group["tried"].max() or 0) + 1):
             tried = group.filter(pl.col("tried") >= position)
             each = tried.group_by("run", "request", maintain_order=True).agg(
                 n=pl.len(), right=(pl.col("matched") >= position).sum()
             )
-            ratio, low, high = ratio_interval(each["right"].to_numpy(), each["n"].to_numpy())
-            found.append(
-                {
-                    "category": category,
-                    "position": position,
-                    "n": tried.height,
-                    "ratio": ratio,
-                    "low": low,
-                    "high": high,
-                }
-            )
-    return pl.DataFrame(found)
+            interval = ratio_interval(each["right"].to_numpy(), each["n"].to_numpy())
+            found.append((category, position, tried.height, *interval))
+    return pl.DataFrame(found, schema=_ACCEPTANCE, orient="row")
 
 
 def ratio_interval(part: np.ndarray, whole: np.ndarray) -> tuple[float, float | None, float | None]:

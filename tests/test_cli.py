@@ -197,6 +197,10 @@ def test_model_build_and_inspect(tmp_path):
     assert (facts["n_layer"], facts["n_layer_nextn"]) == (7, 1)
     assert "misaligned" in facts["notes"]
     assert "exists" in tracekit("model", "build", "-o", path, code=2).stderr
+    path.write_bytes(b"")
+    for _ in range(2):  # an empty file, then the model
+        tracekit("model", "build", "-o", path, "--force")
+    assert json.loads(tracekit("model", "inspect", path, "--json").stdout)["n_layer"] == 5
 
 
 def test_replay_gives_one_object_per_policy(recorded):
@@ -529,6 +533,8 @@ MISTAKES = [
     (["calibrate", "{model}", "-o", ".", "--contexts", "8", "--slots", "1"], "a folder; choose another name"),
     (["generate", "{model}", "x", "--trace", "", "--force"], "a folder; choose another name"),
     (["model", "build", "-o", ".", "--force"], "is no file; choose another name"),
+    (["model", "build", "-o", "{prompts}", "--force"], "replaces models only"),
+    (["model", "build", "-o", "{prompts}", "--sidecar", "--force"], "replaces models only"),
     (["generate", "{prompts}", "x"], "not a GGUF file"),
     (["generate", "{model}", ""], "the prompt is empty"),
     (["generate", "{model}", "x", "--policy", "static:n_max=30"], "raise the engine's"),
@@ -588,14 +594,14 @@ def test_mistakes_get_one_clear_line(arguments, hint, recorded, tuned, prompts, 
         "trace": recorded, "tuned": tuned, "prompts": prompts, "model": models["plain"], "sidecar": models["sidecar"],
         "space": space, "folder": folder, "cut": cut,
     }  # fmt: skip  # what there is, then what is made here
-    before = {p: p.stat().st_mtime_ns for p in (recorded, tuned)}
+    before = {p: p.stat().st_mtime_ns for p in (recorded, tuned, prompts)}
     result = tracekit(*(a.format(**places) for a in arguments), code=2, cwd=tmp_path)
     lines = result.stderr.strip().splitlines()
     assert len([line for line in lines if line.startswith("tracekit: error:")]) == 1
     assert hint in lines[-1]
     assert result.stdout == ""
     assert not list(tmp_path.iterdir())
-    assert before == {p: p.stat().st_mtime_ns for p in (recorded, tuned)}
+    assert before == {p: p.stat().st_mtime_ns for p in before}
 
 
 def test_output_respects_pipes_and_no_color(recorded):

@@ -29,19 +29,30 @@ def build(
 
     ``layers``: trunk blocks, identity blocks added; ``width``: channels, zero channels added (see
     :mod:`tracekit.model.expand`); ``misaligned``: with a drafter that is never right; ``sidecar``: the drafter alone.
-    ``dtype``: ``f16`` or ``f32`` matrices. Raises :class:`TracekitError`.
+    ``dtype``: ``f16`` or ``f32`` matrices. ``force`` replaces another GGUF file, or an empty one. Raises
+    :class:`TracekitError`.
     """
     out = Path(out)
     if out.exists() and not out.is_file():
         raise TracekitError(f"{out}: exists, and is no file; choose another name")
     if out.exists() and not force:
         raise TracekitError(f"{out}: exists; choose another name or give --force")
+    if out.exists() and _head(out) not in (b"", b"GGUF"):
+        raise TracekitError(f"{out}: no GGUF file; --force replaces models only, choose another name")
     model = grown(layers, width, dtype, seed, source)
     if misaligned:
         model = expand.misalign(model, seed)
     if sidecar:
         model = expand.sidecar(model)
     return weights.write(model, out, dtype, progress)
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(4)
+    except OSError as error:
+        raise TracekitError(f"{path}: {error.strerror}; choose another name") from None
 
 
 def grown(

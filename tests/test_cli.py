@@ -227,6 +227,30 @@ def test_replay_draws_and_sorts(recorded, tmp_path):
     speeds = [float(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("static")]
     assert speeds == sorted(speeds, reverse=True)
     assert "(no MTP)" in result.stdout
+    path.write_bytes(b"mine")
+    again = ["replay", recorded, "--policy", "off", "--plot", path]
+    assert tracekit(*again, code=2).stderr.endswith(f"{path}: exists; choose another name or give --force\n")
+    assert path.read_bytes() == b"mine"
+    tracekit(*again, "--force")
+    assert path.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_picture_never_replaces_what_it_is_made_from(recorded, models, tmp_path):
+    """Whatever --force says, and before anything is done: the trace, its prices, the policy, the calibration itself."""
+    trace, policy = tmp_path / "trace.png", tmp_path / "p.html"
+    trace.write_bytes(recorded.read_bytes())
+    policy.write_text("off")
+    for command in (
+        ["replay", trace, "--plot", trace],
+        ["replay", recorded, "--cost", trace, "--plot", trace],
+        ["verify", models["plain"], policy, "--plot", policy],
+        ["calibrate", models["plain"], "-o", trace, "--plot", trace],
+    ):
+        said = tracekit(*command, "--force", code=2).stderr
+        assert said.count("\n") == 1
+        assert "another use for that file; choose another name" in said
+    assert trace.read_bytes() == recorded.read_bytes()
+    assert policy.read_text() == "off"
 
 
 def test_cost_of_another_trace_changes_speed_only(recorded, probe_traces):
@@ -552,6 +576,10 @@ MISTAKES = [
     (["record", "{model}", "--prompts", "{prompts}/x", "-o", "x.duckdb"], "not a text file"),
     (["verify", "{model}", "static", "--n-max", "0"], "compares drafting"),
     (["verify", "{model}", "static", "--cost", "{prompts}"], "not a DuckDB file"),
+    (["replay", "{trace}", "--force"], "--force needs --plot"),
+    (["verify", "{model}", "static", "--force"], "--force needs --plot"),
+    (["verify", "{model}", "static", "--plot", "{picture}"], "exists; choose another name or give --force"),
+    (["calibrate", "{model}", "-o", "x.duckdb", "--plot", "{picture}"], "exists; choose another name or give --force"),
     (["verify", "{model}", "static", "--plot", "no/such/folder/v.png"], "is no folder"),
     (["model", "build", "-o", "x.gguf", "--layers", "8", "--seed", "-1"], "--seed -1: 0 or more"),
     (["model", "build", "-o", "no/such/folder/x.gguf"], "choose another place"),
@@ -589,10 +617,11 @@ def test_mistakes_get_one_clear_line(arguments, hint, recorded, tuned, prompts, 
     space.write_text("[static]\nn_max = [9, 10]\n")
     folder, cut = space.parent / "folder", space.parent / "cut.gguf"
     folder.with_suffix(".toml").mkdir()
+    (picture := space.parent / "p.png").write_bytes(b"mine")
     cut.write_bytes(models["plain"].read_bytes()[:900_000])
     places = {
         "trace": recorded, "tuned": tuned, "prompts": prompts, "model": models["plain"], "sidecar": models["sidecar"],
-        "space": space, "folder": folder, "cut": cut,
+        "space": space, "folder": folder, "cut": cut, "picture": picture,
     }  # fmt: skip  # what there is, then what is made here
     before = {p: p.stat().st_mtime_ns for p in (recorded, tuned, prompts)}
     result = tracekit(*(a.format(**places) for a in arguments), code=2, cwd=tmp_path)

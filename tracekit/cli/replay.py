@@ -28,6 +28,7 @@ def replay(
     parallel: options.Parallel = None,
     sort: Annotated[bool, typer.Option("--sort", help="Fastest first.")] = False,
     plot: options.Plot = None,
+    force: options.Force = False,
     json: options.Json = False,
 ) -> None:
     """Replay a trace under any policy: token-exact counts, predicted speed with its interval, regret.
@@ -37,14 +38,17 @@ def replay(
     the interval spans the rest. regret: time lost against an oracle that knows what will be accepted; nothing reaches
     0. (95 %): bootstrap over requests like these and over the fit of costs.
     """
+    from tracekit.errors import TracekitError
     from tracekit.policy.spec import parse
     from tracekit.replay.league import League
     from tracekit.report import pictures, tables
     from tracekit.trace.store import open_trace
 
+    if force and plot is None:
+        raise TracekitError("--force needs --plot, the file that it overwrites")
+    pictures.check_new(plot, force, (trace, cost))
     policies = [p for text in policy or [] for p in parse(text)]
     source = open_trace(trace)
-    pictures.check(plot)
     with out.progress("fitting costs") as update:
         league = League.of(source, open_trace(cost) if cost else None, parallel, progress=update)
     frame = league.table(policies or league.usual_policies())

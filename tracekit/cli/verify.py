@@ -36,6 +36,7 @@ def verify(
     sampling_options: options.SamplingOptions,
     engine_options: options.EngineOptions,
     plot: options.Plot = None,
+    force: options.Force = False,
     json: options.Json = False,
 ) -> None:
     """Run held-out prompts live under no MTP, the naive static policies, the fallback and the tuned policy; compare
@@ -54,7 +55,9 @@ def verify(
 
     if repeats < 1:
         raise TracekitError(f"--repeats {repeats}: 1 or more")
-    pictures.check(plot)
+    if force and plot is None:
+        raise TracekitError("--force needs --plot, the file that it overwrites")
+    pictures.check_new(plot, force, (model, engine_options.draft_model, policy_file, Path(prompts), cost))
     if engine_options.n_max < 1:
         raise TracekitError(f"--n-max {engine_options.n_max}: 1 or more; verify compares drafting")
     text = str(policy_file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +30,19 @@ def check(path: Path | None) -> None:
         raise TracekitError(f"{path}: {path.parent} is no folder; make it first")
     if path is not None and path.exists() and not path.is_file():
         raise TracekitError(f"{path}: exists, and is no file; choose another name")
+
+
+def check_new(path: Path | None, force: bool, others: Iterable[Path | None]) -> None:
+    """As :func:`check`, before there is a picture: also where it would replace a file without ``force``, or ever one of
+    ``others``, which the same command reads or writes.
+    """
+    check(path)
+    if path is None:
+        return
+    if any(other is not None and path.resolve() == other.resolve() for other in others):
+        raise TracekitError(f"{path}: this command has another use for that file; choose another name for the picture")
+    if path.exists() and not force:
+        raise TracekitError(f"{path}: exists; choose another name or give --force")
 
 
 def save(chart: alt.TopLevelMixin, path: str | Path) -> Path:

@@ -15,6 +15,7 @@ import pytest
 from scipy.stats import t as student
 from typer.main import get_command
 
+import tracekit as package
 from tracekit.cli.app import app
 from tracekit.engine import Request
 from tracekit.errors import TracekitError
@@ -155,8 +156,6 @@ def test_every_sampling_option_changes_the_sampling():
 
 def test_version():
     """The version is the package's."""
-    import tracekit as package
-
     assert tracekit("--version").stdout.strip() == f"tracekit {package.__version__}"
 
 
@@ -313,6 +312,22 @@ def test_tune_with_a_space_of_ones_own(recorded, tmp_path):
     found = json.loads(tracekit("tune", recorded, "--space", space, "--json", "--max-slowdown", "0.9").stdout)
     assert found["n_policies"] == 3
     assert found["policy"] in ("off", "static:n_max=1", "static:n_max=2")
+
+
+def test_tune_on_few_requests(recorded, models, prompts, tmp_path):
+    """Unless told how many, there are no more folds than requests, as the evidence tells; of one, more are needed."""
+    lines = prompts.read_text().splitlines(keepends=True)
+    few, one, trace = tmp_path / "few.jsonl", tmp_path / "one.jsonl", tmp_path / "t.duckdb"
+    few.write_text("".join(lines[:3]))
+    one.write_text(lines[0])
+    tracekit("record", models["plain"], "--prompts", few, "-o", trace, *FAST)
+    assert json.loads(tracekit("tune", trace, "--json").stdout)["folds"] == 3
+    assert package.open(trace).tune(space={"static": {"n_max": 1}}).evidence.folds == 3
+    says = "--folds 5: between 2 and the number of requests in the trace, 3"
+    assert says in tracekit("tune", trace, "--folds", 5, code=2).stderr
+    tracekit("record", models["plain"], "--prompts", one, "-o", trace, "--force", *FAST)
+    said = tracekit("tune", trace, "--cost", recorded, code=2).stderr.strip()
+    assert said == "tracekit: error: a single request tells nothing of others; record more prompts"
 
 
 def test_generate_applies_a_tuned_policy(models, tuned):

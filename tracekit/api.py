@@ -62,14 +62,17 @@ class Trace:
         self,
         max_slowdown: float = 0.02,
         space: Space | str | Path | None = None,
-        folds: int = 5,
+        folds: int | None = None,
         seed: int = 0,
     ) -> PolicyFile:
         """The best safe policy and its evidence (:func:`tracekit.tune.evidence.tune`). ``space``: as
         ``{"static": {"n_max": "1..8/1", "p_min": [0, 0.5]}}``, or a TOML file of it; None: every shipped policy's.
+        ``folds`` None: five, or as many as there are requests.
         """
         from tracekit.tune.evidence import tune
+        from tracekit.tune.search import usual_folds
 
+        folds = usual_folds(self.league) if folds is None else folds
         return tune(self.league, _space(space), max_slowdown, folds, seed)
 
     def sql(self, query: str) -> pl.DataFrame:

@@ -40,7 +40,12 @@ def tune(
         typer.Option("--cost", metavar="TRACE", help="Take the times from another trace, or a calibration."),
     ] = None,
     parallel: options.Parallel = None,
-    folds: Annotated[int, typer.Option("--folds", help="Parts of the cross-validation, by request.")] = 5,
+    folds: Annotated[
+        int | None,
+        typer.Option(
+            "--folds", help="Parts of the cross-validation, by request [default: 5, or as many as there are requests]."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the split into folds.")] = 0,
     force: options.Force = False,
     json: options.Json = False,
@@ -52,6 +57,7 @@ def tune(
     from tracekit.report import tables
     from tracekit.trace.store import open_trace
     from tracekit.tune.evidence import tune as search
+    from tracekit.tune.search import usual_folds
     from tracekit.tune.space import read_space
 
     if output is not None:
@@ -61,6 +67,7 @@ def tune(
     wanted = None if space is None else read_space(space)
     with out.progress("fitting costs") as update:
         league = League.of(open_trace(trace), open_trace(cost) if cost else None, parallel, progress=update)
+    folds = usual_folds(league) if folds is None else folds
     with out.progress("policies") as update:
         found = search(league, wanted, max_slowdown, folds, seed, update)
     if output is not None:

@@ -20,6 +20,8 @@ from tracekit.policy.rule import Policy, rule
 from tracekit.replay.league import League
 from tracekit.tune.space import grid, neighbours
 
+FOLDS = 5  # of a trace with so many requests
+
 _REFINED = 8  # best policies whose neighbourhood is tried
 _FRACTIONS = (0.5, 0.25)  # of a grid step
 _CONFIDENCES = 0.95, 0.98, 0.995, 0.999  # of a one-sided bound; more, where choices turn out unsafe
@@ -53,6 +55,11 @@ class Search:
     def policy(self) -> Policy:
         """The policy chosen."""
         return self.policies[self.chosen]
+
+
+def usual_folds(league: League) -> int:
+    """Folds where nobody says how many: five, or as many as there are requests."""
+    return min(FOLDS, league.positions.n_requests)
 
 
 def search(

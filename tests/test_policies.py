@@ -276,6 +276,7 @@ def test_labels_parse_back(n_max, ratio, zero, resume, scope):
         ("static:n_max=1..5", "low..high/step"),
         ("static:n_max=5..1/1", "high >= low"),
         ("static:n_max=1,n_max=2", "given twice"),
+        ("fallback:n_max=1..8/1,min_ratio=0..1/0.001,p_min=0..1/0.001", "8,016,008 combinations; 200,000 at most"),
         ("", "a policy is"),
         ("./missing.py", "no such policy file"),
         ("missing.toml", "no such policy file"),

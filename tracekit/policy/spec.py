@@ -18,7 +18,7 @@ from tracekit.errors import TracekitError
 from tracekit.policy import file
 from tracekit.policy.rule import Policy, Rule, rule
 
-MOST = 200_000  # values of a range, policies of a search
+MOST = 200_000  # values of a range, policies of a sweep or a search
 _VALUE = re.compile(r"[-+]?[\d.][\d.eE+-]*(\.\.[-+\d.eE]+/[-+\d.eE]+)?|true|false|yes|no|on", re.IGNORECASE)
 
 PolicyLike = Policy | Rule | file.PolicyFile | str | Path
@@ -59,8 +59,14 @@ def policy_of(given: PolicyLike) -> Policy:
 
 
 def sweep(of: Rule, values: Mapping[str, str]) -> list[Policy]:
-    """Every combination of ``values`` (lists and ranges as in :func:`expand`) for one rule."""
+    """Every combination of ``values`` (lists and ranges as in :func:`expand`) for one rule. Raises
+    :class:`TracekitError` for more than 200,000.
+    """
     lists = [expand(of.name, key, text) for key, text in values.items()]
+    if (size := math.prod(map(len, lists))) > MOST:
+        raise TracekitError(
+            f"policy {of.name}: {size:,} combinations; {MOST:,} at most: widen a step or drop a parameter"
+        )
     return [of(**dict(zip(values, combination, strict=True))) for combination in itertools.product(*lists)]
 
 

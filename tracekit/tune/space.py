@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tracekit.errors import TracekitError
 from tracekit.policy.rule import Policy, Rule, rule, shipped
-from tracekit.policy.spec import MOST, expand, sweep
+from tracekit.policy.spec import expand, sweep
 
 
 def default_space(n_slots: int = 1) -> dict[str, dict[str, str]]:
@@ -73,13 +73,6 @@ def grid(space: Mapping[str, Mapping[str, str]], n_max: int, whole: bool = False
     """
     found: dict[Policy, None] = {rule("off")(): None}
     for name, values in space.items():
-        size = 1
-        for key, text in values.items():
-            size *= len(expand(name, key, text))
-        if size > MOST:
-            raise TracekitError(
-                f"the space of {name} has {size} policies; {MOST} at most: widen a step or drop a parameter"
-            )
         every = sweep(rule(name), values)
         fit = [p for p in every if getattr(p.params, "n_max", 0) <= n_max]
         if shared := next((p for p in fit if p.scope == "engine"), None):

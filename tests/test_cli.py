@@ -137,7 +137,7 @@ def test_every_engine_option_changes_the_settings():
     for field in fields(EngineOptions):
         old = getattr(plain, field.name)
         new = {"flash_attn": "off", "batch_size": 256}.get(field.name, changed.get(type(old), True))
-        same = replace(plain, **{field.name: new}).settings() == plain.settings()
+        same = replace(plain, **{field.name: new}).settings(2) == plain.settings(2)
         assert same == (field.name == "draft_model"), field.name
 
 
@@ -148,10 +148,29 @@ def test_every_sampling_option_changes_the_sampling():
     from tracekit.cli.options import SamplingOptions
     from tracekit.engine import Sampling
 
-    plain = SamplingOptions()
-    assert plain.sampling() == Sampling()
+    assert SamplingOptions().sampling() == Sampling()
+    plain = SamplingOptions(temp=0.5)
     for field in fields(SamplingOptions):
-        assert replace(plain, **{field.name: 1}).sampling() == replace(Sampling(), **{field.name: 1})
+        assert replace(plain, **{field.name: 1}).sampling() == replace(Sampling(temp=0.5), **{field.name: 1})
+
+
+def test_a_seed_may_be_for_more_than_sampling():
+    """At temperature 0 it changes what a probe and `verify` draw, but no text."""
+    from tracekit.cli.options import SamplingOptions
+
+    assert SamplingOptions(seed=3).sampling(seeded=True).seed == 3
+    with pytest.raises(TracekitError, match="--seed: changes nothing at --temp 0"):
+        SamplingOptions(seed=3).sampling()
+
+
+def test_layers_for_a_gpu_that_is_not_there(models):
+    """Scripts give them on any machine: a line of warning, and it runs; nothing is said of all layers, the default."""
+    from tracekit.engine.lib import has_gpu
+
+    says = "warning: --gpu-layers 99 changes nothing: llama.cpp sees no GPU"
+    for verb in (["generate", models["plain"], "x", "--max-tokens", 1], ["doctor", models["plain"]]):
+        assert (says in tracekit(*verb, "--gpu-layers", 99).stderr) == (not has_gpu())
+        assert "--gpu-layers" not in tracekit(*verb).stderr
 
 
 def test_version():
@@ -580,12 +599,20 @@ MISTAKES = [
     (["generate", "{model}", "x", "--policy", "static:n_max=2,4"], "one is wanted"),
     (["generate", "{model}", "x", "--cache-type-k", "f8"], "one of f32, f16, q8_0"),
     (["generate", "{model}", "x", "--threads", "1000000"], "512 or less"),
-    (["generate", "{model}", "x", "--n-max", "255"], "--n-max 255: 254 or less"),
+    (["generate", "{model}", "x", "--policy", "static", "--n-max", "255"], "--n-max 255: 254 or less"),
     (["generate", "{model}", "x", "--ctx-size", "0"], "--ctx-size 0 (n_ctx): 8 or more"),
     (["generate", "{model}", "x", "--batch-size", "8"], "raise --batch-size or lower --n-max"),
     (["generate", "{model}", "x", "--batch-size", "40000"], "--batch-size 40000 (n_batch): 32767 or less"),
     (["verify", "{model}", "static", "--parallel", "0"], "--parallel 0 (n_slots): 1 or more"),
     (["generate", "{model}", "x", "--draft-model", "{model}"], "add --policy"),
+    (["generate", "{model}", "x", "--n-max", "4"], "--n-max: policy off drafts nothing; add --policy"),
+    (["generate", "{model}", "x", "--no-spec-draft-backend-sampling"], "--no-spec-draft-backend-sampling: policy off"),
+    (["generate", "{model}", "x", "--top-k", "40"], "--top-k: changes nothing at --temp 0"),
+    (["generate", "{model}", "x", "--seed", "0"], "--seed: changes nothing at --temp 0"),
+    (["verify", "{model}", "static", "--seed", "1", "--min-p", "0"], "--min-p: changes nothing at --temp 0"),
+    (["generate", "{model}", "x", "--kv-unified"], "--kv-unified: a single slot has one KV cache anyway"),
+    (["calibrate", "{model}", "-o", "x.duckdb", "--slots", "1", "--kv-unified"], "--kv-unified: a single slot"),
+    (["record", "{model}", "--prompts", "{prompts}", "-o", "x.duckdb", "--top-p", "1"], "--top-p: changes nothing"),
     (["generate", "{model}", "x", "--stop", ""], "leave it out"),
     (["record", "{model}", "--prompts", "{prompts}", "-o", "x.duckdb", "--parallel", "9"], "needs 9 prompts"),
     (["record", "{model}", "--prompts", "{prompts}/x", "-o", "x.duckdb"], "not a text file"),

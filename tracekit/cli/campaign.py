@@ -47,6 +47,7 @@ def campaign(
     wanted, text = read_plan(plan)
     if not minutes >= 0:
         raise TracekitError(f"--minutes {minutes:g}: 0 or more")
+    options.warn_of_gpu_layers(gpu_layers)
     place = models or cache_folder("models")
     under_way = Campaign(wanted, output, place, out.teller(), gpu_layers, threads, minutes, time.monotonic())
     try:

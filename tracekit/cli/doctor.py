@@ -29,6 +29,7 @@ def doctor(
         raise TracekitError(f"--gpu-layers {gpu_layers}: -1 or more")
     facts = surroundings()
     if model is not None:
+        options.warn_of_gpu_layers(gpu_layers)
         facts["model"] = examine(model, gpu_layers, draft_model)
     elif draft_model is not None:
         raise TracekitError("--draft-model needs a MODEL that it drafts for")

@@ -22,6 +22,9 @@ def generate(
     ] = None,
     trace: Annotated[Path | None, typer.Option("--trace", metavar="FILE", help="Also record it (DuckDB).")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", help="Most tokens to generate.")] = 128,
+    n_max: Annotated[
+        int | None, typer.Option("--n-max", help="Most tokens that may be drafted at once [default: 8].")
+    ] = None,
     *,
     sampling_options: options.SamplingOptions,
     engine_options: options.EngineOptions,
@@ -30,7 +33,7 @@ def generate(
 ) -> None:
     """Generate text for one prompt with the live engine."""
     import sys
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from tracekit.cli.tuned import read, warn, warn_of_settings
     from tracekit.errors import TracekitError
@@ -40,6 +43,11 @@ def generate(
 
     from tracekit.engine import Engine
 
+    mtp = chosen.name != "off"
+    if not mtp:
+        _refuse_options_of_drafts(engine_options, recorded=trace is not None)
+    if n_max is None:
+        engine_options = replace(engine_options, n_max=options.EngineOptions.n_max)
     settings, sampling = engine_options.settings(), sampling_options.sampling()
     if prompt == "-" and sys.stdin is None:
         raise TracekitError("PROMPT: - reads standard input, which is closed")
@@ -53,10 +61,6 @@ def generate(
     if "" in (stop or ()):
         raise TracekitError("--stop '': an empty text is everywhere; leave it out")
     wanted = {"max_tokens": max_tokens, "sampling": sampling, "stop": tuple(stop or ())}
-    mtp = chosen.name != "off"
-    for option in ("spec_draft_backend_sampling", "draft_model"):
-        if getattr(engine_options, option) and not mtp:
-            raise TracekitError(f"--{option.replace('_', '-')}: policy off drafts nothing; add --policy")
     warn(tuned, policy, model, settings.n_slots)
     warn_of_settings(tuned, policy, settings.as_dict() | asdict(sampling))
     out.show_log()
@@ -98,3 +102,16 @@ def generate(
     if recorder is not None:
         recorder.demand()
         out.wrote(recorder.path)
+
+
+def _refuse_options_of_drafts(given: options.EngineOptions, recorded: bool) -> None:
+    """Raise :class:`~tracekit.errors.TracekitError` for what changes nothing where nothing is drafted. A trace, where
+    the text is ``recorded``, has its own ``--n-max``.
+    """
+    from tracekit.errors import TracekitError
+
+    names = ["spec_draft_backend_sampling", "draft_model"] + ([] if recorded else ["n_max"])
+    for name in names:
+        if (value := getattr(given, name)) is not None:
+            no = "no-" if value is False else ""
+            raise TracekitError(f"--{no}{name.replace('_', '-')}: policy off drafts nothing; add --policy")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from tracekit.cli import out
 
 if TYPE_CHECKING:
     from tracekit.engine import Sampling, Settings
@@ -24,9 +26,8 @@ PromptsFile = Annotated[
 ]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Tokens to generate for each prompt.")]
 Temp = Annotated[float, typer.Option("--temp", help="Temperature; 0 is greedy.")]
-Seed = Annotated[
-    int, typer.Option("--seed", help="Seed of everything random; of several prompts the i-th samples with seed + i.")
-]
+_SEED = "Seed of everything random; of several prompts the i-th samples with seed + i"
+Seed = Annotated[int, typer.Option("--seed", help=f"{_SEED}.")]
 Threads = Annotated[int, typer.Option("--threads", help="CPU threads; 0: one per physical core.")]
 GpuLayers = Annotated[int, typer.Option("--gpu-layers", help="Layers on the GPU; -1: all.")]
 Slots = Annotated[int, typer.Option("--parallel", help="Slots served by one decode.")]
@@ -69,8 +70,9 @@ class EngineOptions:
         cannot work.
         """
         from tracekit.engine import Settings
+        from tracekit.errors import TracekitError
 
-        return Settings(
+        settings = Settings(
             n_slots=n_slots,
             n_ctx=self.ctx_size,
             n_batch=self.batch_size,
@@ -85,28 +87,63 @@ class EngineOptions:
             spec_draft_backend_sampling=self.spec_draft_backend_sampling,
             backend_sampling=self.backend_sampling,
         )
+        if self.kv_unified and n_slots == 1:
+            raise TracekitError("--kv-unified: a single slot has one KV cache anyway; leave it out")
+        warn_of_gpu_layers(self.gpu_layers)
+        return settings
+
+
+def warn_of_gpu_layers(gpu_layers: int) -> None:
+    """Say where layers are wanted on a GPU that llama.cpp does not see; what scripts give on any machine is no
+    mistake.
+    """
+    from tracekit.engine import lib
+
+    if gpu_layers > 0 and not lib.has_gpu():
+        out.say(f"warning: --gpu-layers {gpu_layers} changes nothing: llama.cpp sees no GPU")
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How the target's tokens are chosen, in llama.cpp's names; its defaults but for the temperature."""
+    """How the target's tokens are chosen, in llama.cpp's names; None: its default, for the seed 0."""
 
     temp: Temp = 0.0
-    top_k: Annotated[int, typer.Option("--top-k", help="Sample from this many likeliest tokens; 0: all.")] = 40
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", help="Sample from this many likeliest tokens; 0: all [default: 40].")
+    ] = None
     top_p: Annotated[
-        float,
-        typer.Option("--top-p", help="Sample from the likeliest tokens whose probabilities add up to this; 1: all."),
-    ] = 0.95
+        float | None,
+        typer.Option(
+            "--top-p",
+            help="Sample from the likeliest tokens whose probabilities add up to this; 1: all [default: 0.95].",
+        ),
+    ] = None
     min_p: Annotated[
-        float, typer.Option("--min-p", help="Leave out tokens less likely than this share of the likeliest; 0: none.")
-    ] = 0.05
-    seed: Seed = 0
+        float | None,
+        typer.Option(
+            "--min-p",
+            help="Leave out tokens less likely than this times the likeliest one's probability; 0: none "
+            "[default: 0.05].",
+        ),
+    ] = None
+    seed: Annotated[int | None, typer.Option("--seed", help=f"{_SEED} [default: 0].")] = None
 
-    def sampling(self) -> Sampling:
-        """For the engine. Raises :class:`~tracekit.errors.TracekitError` for values that make no sense."""
+    def sampling(self, seeded: bool = False) -> Sampling:
+        """For the engine. ``seeded``: whether the verb has another use for the seed. Raises
+        :class:`~tracekit.errors.TracekitError` for values that make no sense, or change nothing.
+        """
         from tracekit.engine import Sampling
+        from tracekit.errors import TracekitError
 
-        return Sampling(self.temp, self.top_k, self.top_p, self.min_p, self.seed)
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        sampling = Sampling(**given)
+        idle = [name for name in given if name != "temp" and not (seeded and name == "seed")]
+        if idle and self.temp == 0:
+            raise TracekitError(
+                f"--{idle[0].replace('_', '-')}: changes nothing at --temp 0, which is greedy; leave it out, or give a "
+                "higher --temp"
+            )
+        return sampling
 
 
 _GROUPS = {"engine_options": EngineOptions, "sampling_options": SamplingOptions}

@@ -57,8 +57,9 @@ def record(
     from tracekit.engine.record import record as record_requests
 
     settings = engine_options.settings(parallel)
-    requests = as_requests(loaded, max_tokens, sampling_options.sampling())
-    probe = Probe(settings.n_max, sampling_options.seed) if mode == "probe" else None
+    sampling = sampling_options.sampling(seeded=mode == "probe")
+    requests = as_requests(loaded, max_tokens, sampling)
+    probe = Probe(settings.n_max, sampling.seed) if mode == "probe" else None
     out.show_log()
     with (
         Engine(

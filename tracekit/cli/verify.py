@@ -70,7 +70,7 @@ def verify(
     from tracekit.verify import Arm, standard_arms
     from tracekit.verify import verify as run
 
-    settings, sampling = engine_options.settings(parallel), sampling_options.sampling()
+    settings, sampling = engine_options.settings(parallel), sampling_options.sampling(seeded=True)
     warn(tuned, text, model, n_slots=parallel)
     warn_of_settings(tuned, text, settings.as_dict() | asdict(sampling))
     if times is not None:

@@ -74,6 +74,10 @@ def run(plan: Plan, folder: Path, tell: Teller, force: bool = False, resume: boo
 def _open(folder: Path, plan: Plan, force: bool, resume: bool) -> None:
     """Make ``folder`` ready: empty, emptied of an earlier demo's files, or as an earlier demo of this plan left it."""
     path = folder / "plan.json"
+    if folder.exists() and not folder.is_dir():
+        raise TracekitError(f"{folder}: a file; choose a folder with -o")
+    if resume and not path.is_file() and not force:
+        raise TracekitError(f"{folder}: no demo to go on with (no plan.json); leave out --resume to begin one")
     if folder.exists() and any(folder.iterdir()) and not force:
         if not resume:
             raise TracekitError(

@@ -39,6 +39,7 @@ def campaign(
     import time
 
     from tracekit.campaign import Campaign, Pause
+    from tracekit.engine import Settings
     from tracekit.errors import TracekitError
     from tracekit.folders import cache_folder
     from tracekit.plans import read_plan
@@ -47,6 +48,7 @@ def campaign(
     wanted, text = read_plan(plan)
     if not minutes >= 0:
         raise TracekitError(f"--minutes {minutes:g}: 0 or more")
+    Settings(threads=threads, gpu_layers=gpu_layers)  # what cannot work is refused before anything is written
     options.warn_of_gpu_layers(gpu_layers)
     place = models or cache_folder("models")
     under_way = Campaign(wanted, output, place, out.teller(), gpu_layers, threads, minutes, time.monotonic())

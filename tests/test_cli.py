@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from scipy.stats import t as student
 from typer.main import get_command
 
 import tracekit as package
+from tracekit.cli import interrupted
 from tracekit.cli.app import app
 from tracekit.engine import Request
 from tracekit.errors import TracekitError
@@ -529,6 +532,38 @@ def test_full_disk_stops_a_verb_that_records(models, tmp_path, verb, options):
     assert re.match(r"tracekit: error: .*t\.duckdb: recording stopped \(.*too large", said[0])
     (counts,) = json.loads(tracekit("sql", path, "SELECT count(*) AS n FROM steps", "--json").stdout)
     assert 0 < counts["n"] < 10_000
+
+
+@pytest.mark.parametrize(
+    ("verb", "options"),
+    [("record", ["--prompts", "tune"]), ("calibrate", ["--slots", "1", "--contexts", "16", "--blocks", "1000"])],
+)
+def test_ctrl_c_says_where_the_recording_is(models, tmp_path, verb, options):
+    """What was recorded until then is kept, and two lines say so."""
+    path = tmp_path / "t.duckdb"
+    command = [sys.executable, "-m", "tracekit", verb, models["plain"], "-o", path, *options, "--threads", "1"]
+    running = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    journal, until = Path(f"{path}.journal"), time.monotonic() + 60
+    while time.monotonic() < until and not (journal.exists() and journal.stat().st_size > 100_000):
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    told = running.communicate(timeout=60)[1].splitlines()
+    assert running.returncode == 130
+    assert told[-2:] == [
+        f"what was recorded until then is in {path}; `tracekit stats {path}` shows it",
+        "tracekit: interrupted",
+    ]
+    assert tracekit("stats", path).stdout
+
+
+def test_ctrl_c_says_nothing_of_a_recording_that_is_not(tmp_path, capsys):
+    """Before anything is recorded there is no trace, or the one that should have been replaced."""
+    there = tmp_path / "there.duckdb"
+    there.write_bytes(b"old")
+    for path in (there, tmp_path / "none.duckdb"):
+        with pytest.raises(KeyboardInterrupt), interrupted.told(path):
+            raise KeyboardInterrupt
+    assert capsys.readouterr().err == ""
 
 
 def test_requests_that_the_context_ends_are_counted(models, prompts, tmp_path):

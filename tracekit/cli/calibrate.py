@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tracekit.cli import options, out
+from tracekit.cli import interrupted, options, out
 
 
 @options.with_engine
@@ -62,6 +62,7 @@ def calibrate(
     settings = replace(engine_options, ctx_size=ctx_size or needed).settings(plan.slots[-1])
     sweep = Sweep(n_max, seed)
     with (
+        interrupted.told(output),
         Engine(model, None, settings, engine_options.draft_model, trace=output, probe=sweep, force=force) as engine,
         out.progress("decodes") as update,
     ):

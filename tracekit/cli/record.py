@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tracekit.cli import options, out
+from tracekit.cli import interrupted, options, out
 
 
 @options.with_engine
@@ -62,6 +62,7 @@ def record(
     probe = Probe(settings.n_max, sampling.seed) if mode == "probe" else None
     out.show_log()
     with (
+        interrupted.told(output),
         Engine(
             model, tuned and tuned.policy, settings, engine_options.draft_model, trace=output, probe=probe, force=force
         ) as engine,

@@ -250,8 +250,8 @@ def test_rows_of_a_fused_batch_are_its_own(models, settings, monkeypatch):
         (lambda m, s: Settings(cache_type_v="q8_0", flash_attn="off"), "--cache-type-v q8_0 needs flash attention"),
         (lambda m, s: Sampling(temp=-1), "between"),
         (lambda m, s: Sampling(seed=2**32 - 1), "between 0 and 4294967294"),  # llama.cpp: another seed each time
-        (lambda m, s: Sampling(seed=1.5), "seed 1.5: a whole number between"),
-        (lambda m, s: Sampling(temp="hot"), "temp hot: a number between"),
+        (lambda m, s: Sampling(seed=1.5), "--seed 1.5: a whole number between"),
+        (lambda m, s: Sampling(temp="hot"), "--temp hot: a number between"),
         (lambda m, s: Engine(m["plain"], settings=s, probe=Probe(9)), "a probe of 9 drafts: the engine's n_max is 6"),
         (lambda m, s: Engine(m["plain"], 4, s), "4: not a policy"),
         (lambda m, s: Request("x", policy="nonsense"), "no policy 'nonsense'"),
@@ -431,7 +431,7 @@ def test_the_reason_is_the_first_error():
     [
         (Request(""), "empty"),
         (Request("x", max_tokens=0), "a whole number from 1"),
-        (Request("x", max_tokens=2.5), "max_tokens 2.5: a whole number"),
+        (Request("x", max_tokens=2.5), "--max-tokens 2.5: a whole number"),
         (Request("x", max_tokens=2**31), "from 1 to 2147483647"),
         (Request("x", prompt_id=7), "prompt 7: prompt_id 7: str is wanted"),
         (Request("x", category=None), "category None: str is wanted"),

@@ -28,11 +28,12 @@ def sha256_of(path: str | Path) -> str:
     return _sha256(tuple(files), tuple(file.stat().st_mtime_ns for file in files))
 
 
-def _demand_file(path: Path) -> None:
+def _demand_file(path: Path, sidecar: bool = False) -> None:
     if path.is_dir():
         raise TracekitError(f"{path}: a folder; give a GGUF file in it")
     if not path.is_file():
-        raise TracekitError(f"{path}: no such model; `tracekit model build -o {path}` writes the reference model")
+        how, what = ("--sidecar ", "model's drafter") if sidecar else ("", "model")
+        raise TracekitError(f"{path}: no such model; `tracekit model build {how}-o {path}` writes the reference {what}")
 
 
 @cache
@@ -77,7 +78,7 @@ class Model:
 
     def __init__(self, path: str | Path, gpu_layers: int = -1, mtp: bool = True, sidecar: bool = False):
         self.path = Path(path)
-        _demand_file(self.path)
+        _demand_file(self.path, sidecar)
         with self.path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise TracekitError(f"{path}: not a GGUF file")

@@ -44,7 +44,8 @@ class Sampling:
         ):
             value = getattr(self, name)
             if not isinstance(value, (int, kind)) or not 0 <= value <= high:
-                raise TracekitError(f"{name} {value}: a {'whole ' if kind is int else ''}number between 0 and {high}")
+                option = f"--{name.replace('_', '-')}"
+                raise TracekitError(f"{option} {value}: a {'whole ' if kind is int else ''}number between 0 and {high}")
 
 
 class Sampler:

@@ -43,7 +43,7 @@ class Request:
             if not isinstance(getattr(self, name), kind):
                 raise TracekitError(f"{name} {getattr(self, name)!r}: {kind.__name__} is wanted")
         if not isinstance(self.max_tokens, int) or not 1 <= self.max_tokens <= MOST_TOKENS:
-            raise TracekitError(f"max_tokens {self.max_tokens}: a whole number from 1 to {MOST_TOKENS}")
+            raise TracekitError(f"--max-tokens {self.max_tokens}: a whole number from 1 to {MOST_TOKENS}")
         bad = next((s for s in self.stop if not isinstance(s, str) or not s), None)
         if bad is not None:
             raise TracekitError(f"stop {bad!r}: a string of one character or more")

@@ -15,6 +15,7 @@ from tracekit.errors import TracekitError
 from tracekit.policy.file import PolicyFile
 from tracekit.policy.rule import rule
 from tracekit.report import pictures
+from tracekit.tune.space import read_space
 
 from .conftest import N_MAX, requests
 
@@ -72,6 +73,24 @@ def test_a_search_space_is_a_dict_or_a_file(trace, tmp_path):
     assert found == trace.tune(space=path) == trace.tune(space=str(path))
     assert found.evidence.n_policies == 5  # off, and nothing between the values
     assert trace.tune(space={"static": {"n_max": 1}}).evidence.n_policies == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("[static]\nn_max = []", r", \[static\]: n_max = \[\]: no values; leave it out, or give some"),
+        ("[statik]\nn_max = 1", r", \[statik\]: no policy 'statik'; shipped: "),
+        ("[off]\n[static]\nn_mux = 1", r", \[static\]: policy static has no parameter n_mux; did you mean n_max"),
+        ("[static]\np_min = '0..2/1'", r", \[static\]: static: p_min=2: between 0 and 1"),
+        (None, r": Is a directory; a search space is a TOML table per policy"),
+    ],
+)
+def test_bad_search_spaces_are_named(tmp_path, content, says):
+    """The file and its table are told with what is wrong there, before anything is searched."""
+    path = tmp_path / "space.toml"
+    path.mkdir() if content is None else path.write_text(content)
+    with pytest.raises(TracekitError, match=f"^{path}{says}"):
+        read_space(path)
 
 
 def test_a_search_space_is_searched_whole(tmp_path):

@@ -31,8 +31,8 @@ def tune(
         typer.Option(
             "--space",
             metavar="FILE",
-            help="What to search: TOML, a table per policy (README.md has an example) [default: every shipped "
-            "policy's].",
+            help="What to search: TOML, a table per policy, such as two lines: [static] and n_max = [1, 2, 4] (or a "
+            "range, n_max = '1..8/1') [default: every shipped policy's].",
         ),
     ] = None,
     cost: Annotated[

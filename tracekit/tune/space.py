@@ -46,6 +46,8 @@ def read_space(path: str | Path) -> dict[str, dict[str, str]]:
         raise TracekitError(f"{path}: no such file; a search space is a TOML table per policy") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise TracekitError(f"{path}: not TOML ({error})") from None
+    except OSError as error:
+        raise TracekitError(f"{path}: {error.strerror}; a search space is a TOML table per policy") from None
     if not tables:
         raise TracekitError(f"{path}: empty; a search space is a TOML table per policy")
     space = {}
@@ -56,7 +58,17 @@ def read_space(path: str | Path) -> dict[str, dict[str, str]]:
             )
         known = str(path.parent / name) if name.endswith(".py") else name
         space[known] = {k: _text(v) for k, v in table.items()}
+        try:
+            _check(known, table, space[known])
+        except TracekitError as error:
+            raise TracekitError(f"{path}, [{name}]: {error}") from None
     return space
+
+
+def _check(name: str, table: Mapping[str, object], values: Mapping[str, str]) -> None:
+    if empty := next((key for key, value in table.items() if value == []), None):
+        raise TracekitError(f"{empty} = []: no values; leave it out, or give some")
+    sweep(rule(name), values)
 
 
 def _text(value: object) -> str:

@@ -609,6 +609,7 @@ MISTAKES = [
     (["sql", "{trace}", "--json"], "--json needs a query"),
     (["stats", "{prompts}"], "not a DuckDB file"),
     (["record", "{model}", "--prompts", "missing.jsonl", "-o", "x.duckdb"], "no such prompts file"),
+    (["record", "{model}", "--prompts", "", "-o", "x.duckdb"], "--prompts '': no name; give a file, or a shipped set"),
     (["record", "{model}", "--prompts", "{trace}", "-o", "x.duckdb"], "not a text file"),
     (["record", "{model}", "--prompts", "{prompts}", "-o", "{trace}"], "--force"),
     (["record", "{model}", "--prompts", "{prompts}", "-o", "{prompts}", "--force"], "replaces traces only"),

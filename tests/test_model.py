@@ -160,10 +160,15 @@ def test_prompt_files_of_other_tools(tmp_path):
         ('{"prompt": ""}', "prompt is missing or empty"),
         ('{"prompt": 5}', "prompt is not a string"),
         ('{"prompt": "a", "colour": 1}', "unknown key colour"),
-        ('{"id": "x", "prompt": "a"}\n{"id": "x", "prompt": "b"}', "used twice"),
+        ('{"id": "x", "prompt": "a"}\n{"id": "x", "prompt": "b"}', "id x is used twice, in lines 1 and 2"),
+        ('[{"prompt": "a"},\n{"prompt": "b"}]', "p.jsonl: a JSON array; write one object per line, without"),
+        ('[\n  {"prompt": "a"}\n]\n', "p.jsonl: a JSON array; write one object per line, without"),
+        ('\n[{"prompt": "a"}]', "p.jsonl: a JSON array; write one object per line, without"),
+        ('{"prompt": "a", "category": "\\u001b[31mred"}', r"line 1: category holds a control character, '\\x1b'"),
+        ('{"prompt": "a", "id": "one\\ntwo"}', r"line 1: id holds a control character, '\\n'; leave it out"),
         ("\xff\xfe", "not a text file|not JSON"),
         ('{"prompt": "\\ud83d"}', "line 1: prompt holds half of a surrogate pair"),
-        ("[" * 100_000, "line 1: not JSON"),
+        ('{"prompt": ' * 100_000, "line 1: not JSON"),
     ],
 )
 def test_bad_prompt_files_get_one_clear_line(tmp_path, content, hint):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ FOLDER = Path(__file__).parent / "prompts"
 CATEGORIES = ("code", "prose", "repetitive", "random", "mixed")
 SETS = {"tune": dict.fromkeys(CATEGORIES, 8), "heldout": dict.fromkeys(CATEGORIES, 4), "mixed": {"mixed": 15}}
 _CHARACTERS = 480
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")  # what a terminal would obey, in tables
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ def load(path: str | Path) -> list[Prompt]:
     """The prompts in a file, or in the shipped set of that name (``SETS``). Raises :class:`TracekitError` naming the
     line.
     """
+    if not str(path):
+        raise TracekitError(f"--prompts '': no name; give a file, or a shipped set: {', '.join(SETS)}")
     name = FOLDER / f"{path}.jsonl"
     file = name if str(path) in SETS else Path(path)
     try:
@@ -43,14 +47,17 @@ def load(path: str | Path) -> list[Prompt]:
         raise TracekitError(f"{path}: no such prompts file; shipped sets: {', '.join(SETS)}") from None
     except (UnicodeDecodeError, OSError) as error:
         raise TracekitError(f"{path}: not a text file of JSON lines ({error})") from None
-    prompts = [_parse(f"{path}, line {n}", line, n) for n, line in enumerate(lines, 1) if line.strip()]
-    if not prompts:
+    filled = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
+    if not filled:
         raise TracekitError(f'{path}: no prompts; one JSON object per line: {{"prompt": "...", "category": "code"}}')
-    seen: set[str] = set()
-    for prompt in prompts:
+    if filled[0][1].lstrip().startswith("["):
+        raise TracekitError(f"{path}: a JSON array; write one object per line, without [ ] and commas")
+    prompts = [_parse(f"{path}, line {n}", line, n) for n, line in filled]
+    seen: dict[str, int] = {}
+    for (n, _), prompt in zip(filled, prompts, strict=True):
         if prompt.id in seen:
-            raise TracekitError(f"{path}: id {prompt.id} is used twice")
-        seen.add(prompt.id)
+            raise TracekitError(f"{path}: id {prompt.id} is used twice, in lines {seen[prompt.id]} and {n}")
+        seen[prompt.id] = n
     return prompts
 
 
@@ -69,6 +76,8 @@ def _parse(where: str, line: str, number: int) -> Prompt:
             raise TracekitError(f"{where}: {key} is not a string")
         if any("\ud800" <= c <= "\udfff" for c in row.get(key, "")):
             raise TracekitError(f"{where}: {key} holds half of a surrogate pair, which is no text")
+        if key != "prompt" and (control := _CONTROL.search(row.get(key, ""))):
+            raise TracekitError(f"{where}: {key} holds a control character, {control[0]!r}; leave it out")
     if not row.get("prompt"):
         raise TracekitError(f"{where}: prompt is missing or empty")
     return Prompt(row.get("id", f"line-{number}"), row.get("category", "all"), row["prompt"])

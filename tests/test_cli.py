@@ -25,6 +25,7 @@ from tracekit.errors import TracekitError
 from tracekit.model.build import REFERENCE, inspect
 from tracekit.policy.spec import parse_one
 from tracekit.verify import Arm, verify
+from tracekit.words import counted
 
 from .conftest import N_MAX
 
@@ -112,6 +113,7 @@ def test_help_lists_every_verb():
     """Every verb is listed with a sentence, every argument and option says what it does, and every verb has --json."""
     listed = tracekit("--help").stdout
     assert all(re.search(rf"^  {verb} +\w", listed, re.MULTILINE) for verb in VERBS)
+    assert "..." not in (listed + tracekit("model", "--help").stdout).replace("[ARGS]...", "")  # no sentence is cut
     assert {name.split()[0] for name in COMMANDS} == VERBS
     for name, command in COMMANDS.items():
         assert command.help, name
@@ -120,6 +122,23 @@ def test_help_lists_every_verb():
         printed = tracekit(*name.split(), "--help").stdout
         assert "--json" in printed
         assert not re.search(r"^ +-.*<list|\[\[|\.\.\.}", printed, re.MULTILINE), printed
+
+
+def test_help_explains_what_is_printed():
+    """What `replay` and `stats` print is told by their help: rows, columns, and where intervals come from."""
+    replayed, happened = (" ".join(tracekit(verb, "--help").stdout.split()) for verb in ("replay", "stats"))
+    assert "over requests like these (Student's t) and over the fit of costs (bootstrap)" in replayed
+    for row in ("no MTP", "MTP idle", "K = 1", "tau", "ampl.", "catchup"):
+        assert row in happened
+
+
+def test_one_is_not_many():
+    """A single thing has no plural."""
+    assert [counted(n, "interleaved repeat") for n in (0, 1, 2)] == [
+        "0 interleaved repeats",
+        "1 interleaved repeat",
+        "2 interleaved repeats",
+    ]
 
 
 def test_help_of_the_reference_models_size_is_true():
@@ -432,6 +451,17 @@ def test_generate_says_where_the_context_ends(models):
     short = ["generate", models["plain"], "x = ", "--ctx-size", 32, "--max-tokens"]
     assert "context of 32 ends, before --max-tokens 5000: raise --ctx-size" in tracekit(*short, 5000).stderr
     assert "--ctx-size" not in tracekit(*short, 4).stderr
+
+
+def test_requests_beyond_what_the_model_was_trained_on(models, tmp_path):
+    """Positions that it has never seen are told, in `generate` and `record`; nothing is said within them."""
+    prompts, trace = tmp_path / "p.jsonl", tmp_path / "t.duckdb"
+    prompts.write_text(json.dumps({"prompt": "x = 1\n" * 200}))
+    says = "warning: 1 of 1 request went beyond the 512 tokens that the model was trained on"
+    long = ["generate", models["plain"], "x = 1\n" * 200, "--max-tokens", 2]
+    assert says in tracekit(*long).stderr
+    assert says in tracekit("record", models["plain"], "--prompts", prompts, "-o", trace, *FAST).stderr
+    assert "warning" not in tracekit(*long[:2], "x = 1", *long[3:]).stderr
 
 
 def test_a_closed_standard_input_is_one_line(models):

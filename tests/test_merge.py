@@ -167,6 +167,6 @@ def test_on_the_command_line(models, settings, halves, tmp_path):
         again_with = [replace(r, sampling=replace(r.sampling, seed=99)) for r in requests(per_category=2)[:3]]
         record(engine, again_with, baseline=True)  # greedy: another seed is the same request
     result = cli("merge", output, again, "-o", tmp_path / "more.duckdb", "--json")
-    assert "warning: 3 prompts were recorded more than once" in result.stderr
+    assert "warning: 3 prompts recorded more than once" in result.stderr
     assert json.loads(result.stdout)["runs"] == 3
     assert cli("merge", output, output, "-o", output, code=2).stderr.startswith("tracekit: error: ")

@@ -266,6 +266,7 @@ def test_labels_parse_back(n_max, ratio, zero, resume, scope):
     ("text", "hint"),
     [
         ("nonsense", "shipped: "),
+        ("off:n_max=3", "policy off takes no parameters; leave out n_max"),
         ("static:n_mux=3", "did you mean n_max"),
         ("static:n_max=three", "not key=value|not a whole number"),
         ("static:n_max=-1", "0 or more"),

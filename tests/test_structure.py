@@ -19,6 +19,7 @@ FILES = sorted(p for p in ROOT.rglob("*.py"))
 MAY_IMPORT = {
     "errors": set(),
     "beside": set(),
+    "words": set(),
     "trace": {"errors"},
     "policy": {"errors", "beside"},
     "model": {"errors", "beside"},
@@ -28,14 +29,14 @@ MAY_IMPORT = {
     "engine": {"errors", "trace", "policy"},
     "testing": {"errors", "policy", "replay"},
     "report": {"errors", "beside", "trace", "policy", "replay", "tune", "verify"},
-    "verify": {"errors", "beside", "trace", "policy", "replay", "engine"},
-    "study": {"errors", "trace", "policy", "replay", "tune", "engine", "model", "verify"},
+    "verify": {"errors", "beside", "words", "trace", "policy", "replay", "engine"},
+    "study": {"errors", "words", "trace", "policy", "replay", "tune", "engine", "model", "verify"},
     "demo": {"errors", "engine", "model", "study"},
     "plans": {"errors", "policy", "engine", "model", "study"},
     "campaign": {"errors", "beside", "policy", "engine", "model", "study", "plans"},
     "api": {"errors", "trace", "policy", "replay", "tune", "report"},
     "cli": {"errors", "trace", "policy", "replay", "tune", "report", "engine", "model", "verify", "study", "demo"}
-    | {"plans", "campaign", "folders", "beside"},
+    | {"plans", "campaign", "folders", "beside", "words"},
     "__main__": {"errors", "cli"},
     "__init__": set(),
 }

@@ -25,6 +25,7 @@ from tracekit.trace import files
 from tracekit.trace.store import NoRun, open_trace
 from tracekit.tune.evidence import tune
 from tracekit.verify import Verdict, standard_arms, verify
+from tracekit.words import counted
 
 ENDINGS = ("duckdb", "toml", "json")
 
@@ -125,7 +126,7 @@ def conduct(study: Study, tell: Teller, may_go_on: Callable[[], None] = lambda: 
     if not complete(trace):
         may_go_on()
         requests = work.requests("tune")
-        what = f"{n_max} drafts at every position of {len(requests)} prompts, and baselines"
+        what = f"{n_max} drafts at every position of {counted(len(requests), 'prompt')}, and baselines"
         tell.say(f"[{study.name}] recording: {what}")
         probe = Probe(n_max, work.seed)
         made = study.model, None, study.settings, study.draft_model
@@ -142,7 +143,8 @@ def conduct(study: Study, tell: Teller, may_go_on: Callable[[], None] = lambda: 
     if not result.exists():
         may_go_on()
         tell.say(
-            f"[{study.name}] verifying on held-out prompts: predicted against live, {work.repeats} interleaved repeats"
+            f"[{study.name}] verifying on held-out prompts: predicted against live, "
+            f"{counted(work.repeats, 'interleaved repeat')}"
         )
         with _of_this_study(), tell.progress("runs") as update:
             verdict = verify(

@@ -29,6 +29,7 @@ from tracekit.replay.league import League
 from tracekit.replay.robust import widened
 from tracekit.replay.serving import Serving
 from tracekit.trace.store import TraceFile, open_trace
+from tracekit.words import counted
 
 Progress = Callable[[int, int], None]
 Runs = dict[tuple[int, int, int], tuple[Completion, float]]  # by arm, request and repeat; the time in microseconds
@@ -122,8 +123,8 @@ class Verdict:
             f"median |predicted - measured| {100 * self.median_error_ratio:.1f} % over {self.arms.height} arms "
             f"({noise}), ranking "
             f"agreement tau = {self.ranking_tau:.2f}, "
-            f"steps exactly as predicted in {equal} of {n} requests, tokens those without MTP in {same} of {n} "
-            f"({self.repeats} repeats, {self.n_tokens} tokens per arm{reason})"
+            f"steps exactly as predicted in {equal} of {counted(n, 'request')}, tokens those without MTP in {same} of "
+            f"{n} ({counted(self.repeats, 'repeat')}, {counted(self.n_tokens, 'token')} per arm{reason})"
         )
 
 

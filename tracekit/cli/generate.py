@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from tracekit.cli import options, out
+from tracekit.cli import lengths, options, out
+from tracekit.words import counted
 
 
 @options.with_engine
@@ -65,7 +66,7 @@ def generate(
     warn_of_settings(tuned, policy, settings.as_dict() | asdict(sampling))
     out.show_log()
     with Engine(model, chosen, settings, engine_options.draft_model, mtp=mtp, trace=trace, force=force) as engine:
-        recorder = engine.recorder
+        recorder, trained = engine.recorder, engine.model.facts.n_ctx_train
         if json:
             done = engine.generate(text, **wanted)
         else:
@@ -90,15 +91,16 @@ def generate(
         out.print_json(facts | {"text": done.text, "tokens": done.tokens})
     else:
         out.say(
-            f"{facts['n_generated']} tokens after a prompt of {facts['n_prompt']}, "
+            f"{counted(facts['n_generated'], 'token')} after a prompt of {facts['n_prompt']}, "
             f"{facts['tokens_per_second']} tokens/s "
             f"(one run), {facts['accepted']} of {facts['drafted']} drafts accepted in "
-            f"{facts['verifications']} verifications"
+            f"{counted(facts['verifications'], 'verification')}"
         )
     if done.stop == "context":
         out.say(
             f"stopped where the context of {settings.n_ctx} ends, before --max-tokens {max_tokens}: raise --ctx-size"
         )
+    lengths.warn_of_training([done], trained)
     if recorder is not None:
         recorder.demand()
         out.wrote(recorder.path)

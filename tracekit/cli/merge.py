@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from tracekit.cli import options, out
+from tracekit.words import counted
 
 
 def merge(
@@ -26,7 +27,8 @@ def merge(
     )
     if again.height:
         out.say(
-            f"warning: {again.height} prompts were recorded more than once; intervals count each as another request"
+            f"warning: {counted(again.height, 'prompt')} recorded more than once; intervals count each as "
+            "another request"
         )
     counts = merged.frame(
         """SELECT (SELECT count(*) FROM runs) AS runs, (SELECT count(*) FROM requests) AS requests,
@@ -36,5 +38,5 @@ def merge(
         out.print_json({"file": str(output), "bytes": output.stat().st_size} | counts)
     else:
         size = output.stat().st_size / 1e6
-        print(f"{counts['runs']} runs, {counts['requests']} requests, {size:.1f} MB")
+        print(f"{counted(counts['runs'], 'run')}, {counted(counts['requests'], 'request')}, {size:.1f} MB")
     out.wrote(output)

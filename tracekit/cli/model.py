@@ -12,7 +12,7 @@ from tracekit.cli import options, out
 app = typer.Typer(help="The reference model: small, ours, and expandable.", no_args_is_help=True)
 
 
-@app.command("build")
+@app.command("build", short_help="Write the reference model, as it is or expanded.")
 def build(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The GGUF file to write.")],
     layers: Annotated[
@@ -53,7 +53,7 @@ def build(
     out.wrote(path)
 
 
-@app.command("inspect")
+@app.command("inspect", short_help="What a GGUF file holds, without loading it.")
 def inspect(model: options.ModelFile, json: options.Json = False) -> None:
     """Sizes, NextN layers and provenance of a GGUF file, without loading it."""
     _need_gguf()

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from tracekit.cli import interrupted, options, out
+from tracekit.cli import interrupted, lengths, options, out
+from tracekit.words import counted
 
 
 @options.with_engine
@@ -68,7 +69,7 @@ def record(
         ) as engine,
         out.progress("tokens") as update,
     ):
-        recorder = engine.recorder
+        recorder, trained = engine.recorder, engine.model.facts.n_ctx_train
         if tuned is not None:
             warn(tuned, policy, model, n_slots=parallel)
         baselines = mode == "probe" if baseline is None else baseline
@@ -86,12 +87,13 @@ def record(
         out.print_json(summary)
     else:
         print(
-            f"{summary['requests']} requests, {summary['tokens']} tokens in the {mode} arm, "
+            f"{counted(summary['requests'], 'request')}, {counted(summary['tokens'], 'token')} in the {mode} arm, "
             f"{summary['bytes'] / 1e6:.1f} MB"
         )
     if n := summary["ended_at_context"]:
         out.say(
-            f"warning: {n} of {len(done)} requests ended where the context of {settings.n_ctx} tokens did; raise "
-            "--ctx-size"
+            f"warning: {n} of {counted(len(done), 'request')} ended where the context of {settings.n_ctx} tokens did; "
+            "raise --ctx-size"
         )
+    lengths.warn_of_training(done, trained)
     out.wrote(output)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracekit.cli import out
+from tracekit.words import counted
 
 if TYPE_CHECKING:
     from tracekit.policy.file import PolicyFile
@@ -32,7 +33,7 @@ def warn(tuned: PolicyFile, text: str, model: Path, n_slots: int) -> None:
             f"warning: {model} is not the file that {text} was tuned on (its hash differs); tune again for this model"
         )
     if n_slots != e.n_slots:
-        out.say(f"warning: {text} was tuned for {e.n_slots} slots, here it is {n_slots} (--parallel)")
+        out.say(f"warning: {text} was tuned for {counted(e.n_slots, 'slot')}, here it is {n_slots} (--parallel)")
 
 
 def warn_of_settings(tuned: PolicyFile, text: str, here: Mapping[str, Any]) -> None:

@@ -63,10 +63,11 @@ class Rule:
         for key in params:
             if key not in self.types:
                 near = difflib.get_close_matches(key, self.types, 1)
-                known = ", ".join(self.types) or "none"
+                if not self.types:
+                    raise TracekitError(f"policy {self.name} takes no parameters; leave out {key}")
                 raise TracekitError(
                     f"policy {self.name} has no parameter {key}; "
-                    f"{f'did you mean {near[0]}? ' if near else ''}it has: {known}"
+                    f"{f'did you mean {near[0]}? ' if near else ''}it has: {', '.join(self.types)}"
                 )
         given = {k: convert(self.name, k, self.types[k], v) for k, v in params.items()}
         return Policy(self, self.Params(**{**self.defaults, **given}))

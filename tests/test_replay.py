@@ -234,6 +234,16 @@ def test_one_request_or_one_queue_has_no_interval():
     assert league.table([rule("fallback")()])["speedup_low"].is_not_null().all()
 
 
+def test_tables_of_many_rows_hold_what_only_the_last_has():
+    """A hundred policies that verify nothing, or categories of one request, and then one that has all its numbers."""
+    table = League(made_up(2), made_up_cost(2)).table([rule("off")()] * 100 + [rule("static")(n_max=3)])
+    assert table["tau"].is_null().to_list() == [True] * 100 + [False]
+    p = random_positions(random.Random(2), 103, 8)
+    league = League(replace(p, categories=(*(f"a{i:03}" for i in range(101)), "b", "b")), made_up_cost(2))
+    by = league.by_category(rule("static")(n_max=3))
+    assert by["speedup_low"].is_null().to_list() == [True] * 101 + [False]
+
+
 def test_edit_of_a_policy_is_never_answered_from_the_cache(tmp_path):
     """A compiled policy is cached by the hash of its source: an edit is another policy."""
     from tracekit.policy.rule import rule

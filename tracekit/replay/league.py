@@ -158,7 +158,7 @@ class League:
         for start in range(0, len(policies), chunk):
             some = policies[start : start + chunk]
             rows += [self._row(*of) for of in zip(some, *self.filled_counts(some), strict=True)]
-        return pl.DataFrame(rows)
+        return pl.DataFrame(rows, infer_schema_length=None)
 
     def _row(self, policy: Policy, *filled: np.ndarray) -> dict:
         best, alone = filled[0], policy.scope == "engine"
@@ -216,7 +216,7 @@ class League:
                     "acceptance_ratio": int(total[kernel.ACCEPTED]) / drafted if drafted else None,
                 }
             )
-        return pl.DataFrame(rows)
+        return pl.DataFrame(rows, infer_schema_length=None)
 
     def speed(self, filled: Sequence[np.ndarray], member: np.ndarray | None = None, alone: bool = False) -> Interval:
         """Tokens per second of requests whose counts, int64 ``[n_requests, n_counts]``, are ``filled`` in each of the

@@ -16,7 +16,7 @@ from scipy.stats import t as student
 from tracekit.errors import TracekitError
 from tracekit.policy.rule import rule
 from tracekit.policy.spec import parse, parse_one
-from tracekit.replay import kernel, link
+from tracekit.replay import kernel, link, lockstep
 from tracekit.replay.arrays import ANY
 from tracekit.replay.clairvoyant import clairvoyant_us
 from tracekit.replay.costs import CostModel, layout
@@ -29,6 +29,26 @@ POLICIES = parse(
     "off,static:n_max=1,3,8,static:n_max=8,p_min=0.3,0.7,fallback,fallback:n_max=4,min_ratio=0.2,0.6,resume_after=0,7,"
     "fallback:n_max=8,min_ratio=0.5,scope=engine,resume_after=11"
 )
+
+
+DEEP = """
+from typing import NamedTuple
+
+class Params(NamedTuple):
+    most: int = 12
+
+class State(NamedTuple):
+    nothing: int
+
+def begin(params):
+    return State(0)
+
+def decide(params, state, now):
+    return params.most, 0.45
+
+def learn(params, state, now, seen):
+    return state
+"""
 
 
 def made_up(seed, probe=True):
@@ -153,6 +173,23 @@ def test_longer_drafts_than_recorded_are_refused():
     """A draft length that was never recorded, or timed, is an error and not an extrapolation."""
     with pytest.raises(TracekitError, match="--n-max 12"):
         counts([parse_one("static:n_max=12")], made_up(1))
+
+
+@pytest.mark.parametrize("n_slots", [1, 3])
+@pytest.mark.parametrize("probe", [True, False])
+def test_more_drafts_than_recorded_are_refused_whatever_a_policy_calls_them(tmp_path, probe, n_slots):
+    """A policy without a parameter n_max is told, too, whether counted or timed; what it asks within is replayed."""
+    path, p = tmp_path / "deep.py", made_up(1, probe)
+    path.write_text(DEEP)
+    deep, cost = rule(path), made_up_cost(1)
+    if n_slots > 1:
+        cost = replace(cost, prices=np.ones(lockstep.N_COUNTS))
+    league = League(p, cost, serving=Serving(n_slots))
+    assert league.times([deep(most=8)]).shape == (1, 8)
+    assert league.filled_counts([deep(most=8)])[0].shape[:2] == (1, 8)
+    for asked in (league.times, league.filled_counts):
+        with pytest.raises(TracekitError, match=r"deep.py:most=9: asks for more drafts than the 8 .* --n-max"):
+            asked([deep(most=8), deep(most=9)])
 
 
 def test_unknown_positions_are_counted():

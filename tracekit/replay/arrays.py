@@ -78,7 +78,8 @@ class Positions:
         though nothing comes of it), ``all`` (all right, and it keeps the right ones alone), or ``mean`` (right as often
         as where it is known, and no probability stops).
 
-        The first three bracket a replay that has to extrapolate; ``mean`` is its best estimate.
+        The first three bracket a replay that has to extrapolate, as probes that found this; ``mean`` is its best
+        estimate.
         """
         match, short = self.match.astype(np.int64), self.known < ANY
         if filled == "mean":
@@ -95,7 +96,8 @@ class Positions:
         right = np.arange(self.n_max) < match[:, None]
         kept = right == (filled == "all") if filled != "shy" else np.zeros_like(right)
         probs = np.where(self.probs < 0, kept.astype(np.float32), self.probs)
-        return replace(self, match=match.astype(np.uint8), probs=probs)
+        every = np.full_like(self.known, ANY)
+        return replace(self, match=match.astype(np.uint8), known=every, probs=probs, mode="probe")
 
 
 def positions(trace: TraceFile, shortest: int = 2) -> Positions:

@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 import polars as pl
 
+from tracekit.errors import TracekitError
 from tracekit.policy.rule import Policy, rule
 from tracekit.replay import kernel
 from tracekit.replay.arrays import Positions
@@ -22,6 +23,7 @@ from tracekit.trace.store import TraceFile, recorded_with
 _LEVELS = (0.025, 0.975)
 _BUSY = 0.15  # spread of a step's time around its fit; 0.01 to 0.05 where nothing else runs
 _MOST_BYTES = 256 << 20  # of counts that are held at once
+_REFUSED_US = 1e18  # price of a step that goes beyond the trace: no sum of real ones is as much
 
 
 @dataclass(frozen=True)
@@ -87,14 +89,37 @@ class League:
 
     def times(self, policies: Sequence[Policy]) -> np.ndarray:
         """Predicted microseconds of every request under every policy, the longest over the fills: float64
-        ``[n_policies, n_requests]``.
+        ``[n_policies, n_requests]``. Raises as :meth:`counts`.
         """
-        prices = self.cost.prices
-        return np.max([self.serving.times(policies, fill, prices) for fill in self.positions.fills], 0)
+        filled = []
+        for fill in self.positions.fills:
+            prices = self.cost.prices.copy()
+            prices[kernel.INEXACT] = _REFUSED_US * (fill.mode == "probe")
+            filled.append(self.serving.times(policies, fill, prices))
+        longest = np.max(filled, 0)
+        self._refuse(policies, longest >= _REFUSED_US)
+        return longest
 
     def counts(self, policies: Sequence[Policy], fill: int = 0) -> np.ndarray:
-        """What the cost model prices, of every policy and request: ``[n_policies, n_requests, n_counts]``."""
-        return self.serving.counts(policies, self.positions.fills[fill])
+        """What the cost model prices, of every policy and request: ``[n_policies, n_requests, n_counts]``. Raises
+        :class:`~tracekit.errors.TracekitError` for a policy that asks for more drafts than were recorded.
+        """
+        filled = self.positions.fills[fill]
+        found = self.serving.counts(policies, filled)
+        if filled.mode == "probe":
+            self._refuse(policies, found[:, :, kernel.INEXACT] > 0)
+        return found
+
+    def _refuse(self, policies: Sequence[Policy], beyond: np.ndarray) -> None:
+        """Raise for the first of ``policies`` with a request that goes ``beyond``, bool ``[n_policies, n_requests]``,
+        what was recorded: a probe knows everything up to there.
+        """
+        if beyond.any():
+            policy, most = policies[int(beyond.any(1).argmax())], self.positions.n_max
+            raise TracekitError(
+                f"policy {policy}: asks for more drafts than the {most} that the trace has; record with --n-max as "
+                f"high as it asks, or have it ask for {most} at most"
+            )
 
     def filled_counts(self, policies: Sequence[Policy]) -> list[np.ndarray]:
         """:meth:`counts` in each of the positions' fills."""

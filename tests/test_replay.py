@@ -192,6 +192,17 @@ def test_more_drafts_than_recorded_are_refused_whatever_a_policy_calls_them(tmp_
             asked([deep(most=8), deep(most=9)])
 
 
+@pytest.mark.parametrize("n_slots", [1, 3])
+def test_fewer_drafts_than_never_are_refused(tmp_path, n_slots):
+    """Only NEVER stands for no drafts any more: another negative number is refused by the simulators, as it is live."""
+    path = tmp_path / "negative.py"
+    path.write_text(DEEP.replace("params.most,", "(params.most if now.n_generated < 3 else -5),"))
+    prices = np.zeros(kernel.n_counts(8) if n_slots == 1 else lockstep.N_COUNTS)
+    for simulated in (Serving(n_slots).counts, lambda *of: Serving(n_slots).times(*of, prices)):
+        with pytest.raises(TracekitError, match=r"negative.py: .*decide returned fewer drafts than NEVER, -1$"):
+            simulated([rule(path)(most=1)], made_up(1))
+
+
 def test_unknown_positions_are_counted():
     """On a trace with gaps, steps that the trace does not determine are counted, and guesses bracket the truth."""
     truth, gaps = made_up(11), made_up(11, probe=False)

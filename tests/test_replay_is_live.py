@@ -38,6 +38,33 @@ def test_replay_equals_live(engine, probe_traces, temp, text):
     assert counts([policy], p)[0][:, kernel.INEXACT].sum() == 0
 
 
+HALVES = """
+from typing import NamedTuple
+
+class Params(NamedTuple):
+    n_max: int = 6
+
+class State(NamedTuple):
+    level: int
+    lucky: bool
+
+def begin(params):
+    return State(2.5, 3)
+
+def decide(params, state, now):
+    return (params.n_max if state.level >= 0.6 else 1 if state.lucky == 1 else 2), 0.0
+
+def learn(params, state, now, seen):
+    return (state.level * 0.5 + 0.5 * seen.n_accepted, seen.n_accepted * 0.5)
+"""
+
+
+def test_state_is_what_it_is_declared_to_be_in_both(engine, probe_traces, tmp_path):
+    """Fractions in a field declared int, and numbers in one declared bool, run as they are replayed."""
+    (tmp_path / "halves.py").write_text(HALVES)
+    test_replay_equals_live(engine, probe_traces, 0.0, str(tmp_path / "halves.py"))
+
+
 @pytest.mark.parametrize(
     "text", ["static:n_max=1", "static:n_max=2", "static:n_max=6", "static:n_max=6,p_min=0.4", "fallback:n_max=6"]
 )

@@ -256,6 +256,17 @@ def test_policy_that_raises_is_named(two, tmp_path):
     assert len(two.generate("def f(x):\n", max_tokens=4).tokens) == 4
 
 
+@pytest.mark.parametrize(("function", "state"), [("begin", "State(0)"), ("learn", "state")])
+@pytest.mark.parametrize("returned", ["None", "()", "7", "State('many')", "State(math.nan)"])
+def test_policy_whose_state_is_none_is_named(two, tmp_path, function, state, returned):
+    """What begin and learn must not return is one line that says what a State has; the engine goes on."""
+    path = tmp_path / "mine.py"
+    path.write_text("import math\n" + rule("static").source.replace(f"return {state}\n", f"return {returned}\n"))
+    with pytest.raises(TracekitError, match=rf"mine\.py:n_max=3: {function} returned .*, which is no State; it has no"):
+        two.generate([1, 2, 3], max_tokens=8, policy=path)
+    assert len(two.generate("def f(x):\n", max_tokens=4).tokens) == 4
+
+
 @pytest.mark.parametrize(
     "decision",
     [

@@ -207,8 +207,8 @@ class Loop:
 
     def _state(self, policy: Policy) -> object:
         if policy.scope == "engine":
-            return self.shared.setdefault(policy, policy.rule.begin(policy.params))
-        return policy.rule.begin(policy.params)
+            return self.shared.setdefault(policy, policy.begin())
+        return policy.begin()
 
     def _decide(self, slot: Slot, n_active: int) -> Ask | None:
         """Ask the slot's policy; an :class:`Ask` where it wants drafts and there is room for them."""
@@ -323,7 +323,7 @@ class Loop:
         seen = Outcome(asked, drafted, accepted, emitted) if drafted or asked else _PLAIN
         if slot.shares:  # another slot of this step may have learnt since
             slot.state = self.shared[policy]
-        slot.state = policy.rule.learn(policy.params, slot.state, slot.now, seen)
+        slot.state = policy.learn(slot.state, slot.now, seen)
         if slot.shares:
             self.shared[policy] = slot.state
 

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any, get_type_hints
 
 from tracekit.errors import TracekitError
-from tracekit.policy.interface import NEVER, SCOPES, Now, Scope
+from tracekit.policy.interface import NEVER, SCOPES, Now, Outcome, Scope
 
 SHIPPED = Path(__file__).parent / "shipped"
 _NUMBERS = int, float  # a union of them would be made anew, per token
@@ -97,6 +97,25 @@ class Policy:
         given = self.params._asdict()
         changed = {k: v for k, v in given.items() if k == "n_max" or v != self.rule.defaults[k]}
         return head + (":" + ",".join(f"{k}={_text(v)}" for k, v in changed.items()) if changed else "")
+
+    def begin(self) -> Any:
+        """The rule's state at the start. Raises :class:`TracekitError` where it is none."""
+        return self._state("begin", self.rule.begin(self.params))
+
+    def learn(self, state: Any, now: Now, seen: Outcome) -> Any:
+        """The rule's state after a verification; raises as :meth:`begin`."""
+        return self._state("learn", self.rule.learn(self.params, state, now, seen))
+
+    def _state(self, function: str, found: Any) -> Any:
+        """``found`` with every field as its declared type, as the simulator has it: an int has no fraction."""
+        kinds = self.rule.state_types
+        try:
+            return self.rule.State(*[kind(found[i]) for i, kind in enumerate(kinds.values())])
+        except (TypeError, ValueError, IndexError, OverflowError):
+            declared = ", ".join(f"{name}: {kind.__name__}" for name, kind in kinds.items())
+            raise TracekitError(
+                f"policy {self}: {function} returned {found!r}, which is no State; it has {declared}"
+            ) from None
 
     def decide(self, state: Any, now: Now) -> tuple[int, float]:
         """The rule's decision under these parameters: a whole number of drafts, ``NEVER`` or more, and a probability.

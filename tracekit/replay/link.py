@@ -39,7 +39,7 @@ _BINDING = """
 def params_of(row):
     return Params({params})
 
-_policy_begin, _policy_learn = begin, learn
+_policy_begin, _policy_decide, _policy_learn = begin, decide, learn
 
 @_njit
 def _fix(state):
@@ -48,6 +48,13 @@ def _fix(state):
 @_njit
 def begin(params):
     return _fix(_policy_begin(params))
+
+@_njit
+def decide(params, state, now):
+    asked, p_min = _policy_decide(params, state, now)
+    if asked < -1:
+        raise ValueError("decide returned fewer drafts than NEVER, -1")
+    return asked, p_min
 
 @_njit
 def learn(params, state, now, seen):
@@ -61,7 +68,7 @@ _INTERPRETED = "def _njit(function, **options): return function"
 _PLACE = "from tracekit.policy.shipped.off import Params, begin, decide, learn  # the policy\n"
 _FAST = {"price": ", fastmath=True"}  # a sum of products: its order is free
 _CASTS = {float: "float({})", bool: "{} != 0"}  # else a whole number; a scope is its place in SCOPES
-_BOUND = {"run", "_njit", "_fix", "_policy_begin", "_policy_learn"}  # names of the binding
+_BOUND = {"run", "_njit", "_fix", "_policy_begin", "_policy_decide", "_policy_learn"}  # names of the binding
 
 
 @cache

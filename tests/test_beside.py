@@ -61,6 +61,15 @@ def test_a_model_that_is_built_twice_at_once_is_whole(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_what_a_killed_build_has_left_goes_with_the_next(tmp_path):
+    """Gigabytes do not pile up beside a model; another model's stay."""
+    left, other = tmp_path / "model.gguf.0a1b2c3d.partial", tmp_path / "other.gguf.0a1b2c3d.partial"
+    left.write_bytes(b"GGUF")
+    other.write_bytes(b"GGUF")
+    path = build(tmp_path / "model.gguf")
+    assert set(tmp_path.iterdir()) == {path, other}
+
+
 def test_a_picture_that_is_drawn_twice_at_once_is_whole(tmp_path):
     """Each is drawn into a file of its own, in the format of its name."""
     path = tmp_path / "picture.svg"

@@ -7,12 +7,42 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import IO, TextIO
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where nobody can delete what another has open
+    fcntl = None
 
 
 def partial_of(path: Path) -> Path:
     """A new name beside ``path``, for what takes its place once it is whole: nobody else who writes there has it."""
     return path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[Path]:
+    """A new file beside ``path`` for something large, this process's while the block runs, and gone after it. Those of
+    writers that were killed, which are nobody's any more, go first. Raises ``OSError``.
+    """
+    for old in path.absolute().parent.iterdir():
+        if old.name.startswith(f"{path.name}.") and old.suffix == ".partial":
+            with suppress(OSError), old.open("rb") as file:
+                _lock(file)
+                old.unlink()
+    partial = partial_of(path)
+    try:
+        with partial.open("wb") as file:
+            _lock(file)
+            yield partial
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _lock(file: IO) -> None:
+    """Raise ``OSError`` where another open file has the lock. It goes with the process, however that ends."""
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @contextmanager

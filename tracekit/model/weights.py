@@ -123,8 +123,7 @@ def write(
     The file appears under its name only when it is complete. ``progress(done, total)`` is called per tensor.
     """
     path, w = Path(path), weights
-    partial = beside.partial_of(path)
-    out = gguf.GGUFWriter(partial, ARCH)
+    out = gguf.GGUFWriter(None, ARCH)
     out.add_name("tracekit reference model")
     out.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if dtype == "f16" else gguf.LlamaFileType.ALL_F32)
     out.add_block_count(w.n_layer + w.n_layer_nextn)
@@ -158,22 +157,22 @@ def write(
         out.add_tensor_info(name, tensor.shape, types[name], int(np.prod(tensor.shape)) * types[name].itemsize)
     size = sum(info.nbytes for info in out.tensors[0].values())
     try:
-        free = shutil.disk_usage(path.absolute().parent).free
-        if size > free:
-            raise TracekitError(f"{path}: takes {size / 1e9:.1f} GB, {free / 1e9:.1f} are free; choose another place")
-        out.write_header_to_file()
-        out.write_kv_data_to_file()
-        out.write_ti_data_to_file()
-        for done, values in enumerate(_made_ahead(w.tensors, types), 1):
-            out.write_tensor_data(values)
-            if progress:
-                progress(done, len(w.tensors))
-        out.close()
-        os.replace(partial, path)
+        with beside.claimed(path) as partial:
+            if size > (free := shutil.disk_usage(partial.parent).free):
+                raise TracekitError(
+                    f"{path}: takes {size / 1e9:.1f} GB, {free / 1e9:.1f} are free; choose another place"
+                )
+            out.write_header_to_file(partial)
+            out.write_kv_data_to_file()
+            out.write_ti_data_to_file()
+            for done, values in enumerate(_made_ahead(w.tensors, types), 1):
+                out.write_tensor_data(values)
+                if progress:
+                    progress(done, len(w.tensors))
+            out.close()
+            os.replace(partial, path)
     except OSError as error:
         raise TracekitError(f"{path}: {error.strerror or error}; choose another place with -o") from None
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

@@ -15,7 +15,7 @@ from tracekit.engine import Settings
 from tracekit.engine.settings import EXACT
 from tracekit.errors import TracekitError
 from tracekit.model.build import build, grown
-from tracekit.study import ENDINGS, Finding, Study, Teller, Workload, conduct, remove
+from tracekit.study import Finding, Study, Teller, Workload, conduct, paths_of, remove
 
 N_MAX = 8
 HEADS = ("aligned", "misaligned")
@@ -68,7 +68,7 @@ def run(plan: Plan, folder: Path, tell: Teller, force: bool = False, resume: boo
     plan.check()
     _open(folder, plan, force, resume)
     heads = [_head(plan, folder, name, tell) for name in HEADS]
-    return Story(heads, [folder / f"{h.name}.{ending}" for h in heads for ending in ENDINGS])
+    return Story(heads, [path for h in heads for path in paths_of(folder, h.name)])
 
 
 def _open(folder: Path, plan: Plan, force: bool, resume: bool) -> None:

@@ -27,8 +27,6 @@ from tracekit.tune.evidence import tune
 from tracekit.verify import Verdict, standard_arms, verify
 from tracekit.words import counted
 
-ENDINGS = ("duckdb", "toml", "json")
-
 Progress = Callable[[str], AbstractContextManager]
 
 
@@ -121,7 +119,7 @@ def conduct(study: Study, tell: Teller, may_go_on: Callable[[], None] = lambda: 
     """Every stage of ``study`` whose file is missing; ``may_go_on()`` is asked before each and may raise. Raises
     :class:`Failed` where it cannot be tuned or verified, other :class:`TracekitError` for what stops others as well.
     """
-    trace, policy, result = (study.folder / f"{study.name}.{ending}" for ending in ENDINGS)
+    trace, policy, result = paths_of(study.folder, study.name)
     n_max, work = study.settings.n_max, study.workload
     if not complete(trace):
         may_go_on()
@@ -157,7 +155,7 @@ def conduct(study: Study, tell: Teller, may_go_on: Callable[[], None] = lambda: 
 
 def kept(folder: Path, name: str) -> Finding | None:
     """What the study ``name`` came to, where all its files are in ``folder``."""
-    trace, policy, result = (folder / f"{name}.{ending}" for ending in ENDINGS)
+    trace, policy, result = paths_of(folder, name)
     if complete(trace) and policy.exists() and result.exists():
         return Finding(name, file.read(policy), Verdict.load(result))
     return None
@@ -177,6 +175,11 @@ def recording(
     recorder.demand()
 
 
+def paths_of(folder: Path, name: str) -> list[Path]:
+    """What the study ``name`` leaves in ``folder``: trace, policy and verdict."""
+    return [folder / f"{name}.{ending}" for ending in ("duckdb", "toml", "json")]
+
+
 def complete(trace: Path) -> bool:
     """Whether ``trace`` was recorded to its end; what is left of one that was not, and what was made of it, is kept
     under another name.
@@ -186,10 +189,9 @@ def complete(trace: Path) -> bool:
             return True
     kept = files.free_path(trace.with_stem(f"{trace.stem}-cut-off"))
     files.move(trace, kept)
-    for ending in ENDINGS[1:]:
-        old = trace.with_suffix(f".{ending}")
+    for old, new in zip(paths_of(trace.parent, trace.stem)[1:], paths_of(kept.parent, kept.stem)[1:], strict=True):
         if old.exists():
-            old.rename(kept.with_suffix(f".{ending}"))
+            old.rename(new)
     return False
 
 
@@ -197,10 +199,10 @@ def remove(folder: Path, names: Iterable[str]) -> None:
     """Delete what studies of these names have left in ``folder``. Raises :class:`TracekitError`, and deletes nothing,
     where one of their traces is being recorded, or is no trace.
     """
-    traces = [folder / f"{name}.duckdb" for name in names]
-    for trace in traces:
+    studies = [paths_of(folder, name) for name in names]
+    for trace, *_ in studies:
         files.check_replaceable(trace)
-    for trace in traces:
+    for trace, *others in studies:
         files.delete(trace)
-        for ending in ENDINGS[1:]:
-            trace.with_suffix(f".{ending}").unlink(missing_ok=True)
+        for other in others:
+            other.unlink(missing_ok=True)

@@ -175,6 +175,21 @@ def test_longer_drafts_than_recorded_are_refused():
         counts([parse_one("static:n_max=12")], made_up(1))
 
 
+@pytest.mark.parametrize("limit", ["max_tokens", "n_ctx"])
+def test_longer_drafts_than_there_is_room_for_are_no_matter(limit):
+    """Where requests end, or their context does, before drafts get longer, asking for more changes nothing."""
+    p = random_positions(random.Random(3), 8, 3)
+    most = np.full(8, 5)  # no more than three drafts
+    p = replace(p, n_generated=most, max_tokens=most)
+    if limit == "n_ctx":
+        p = replace(p, max_tokens=most + 9, n_ctx=p.n_prompt + most)
+    for serving in (Serving(), Serving(2)):
+        known, more = serving.counts(parse("static:n_max=3,12"), p)
+        assert (known == more).all()
+    with pytest.raises(TracekitError, match="--n-max 12"):
+        counts([parse_one("static:n_max=12")], replace(p, **{limit: getattr(p, limit) + 1}))
+
+
 @pytest.mark.parametrize("n_slots", [1, 3])
 @pytest.mark.parametrize("probe", [True, False])
 def test_more_drafts_than_recorded_are_refused_whatever_a_policy_calls_them(tmp_path, probe, n_slots):

@@ -180,6 +180,20 @@ def test_live_trace_replays_its_own_policy_exactly(live_trace):
     assert counts([policy, stricter, parse_one("off")], p)[:, :, kernel.INEXACT].sum() == 0
 
 
+def test_live_trace_of_drafts_that_were_all_stopped_replays_its_policy(models, settings, tmp_path):
+    """A policy whose improbable drafts never got as long as it asked is one that the trace knows all the same."""
+    policy, path = parse_one("static:n_max=6,p_min=0.999"), tmp_path / "t.duckdb"
+    with Engine(models["plain"], policy, settings, trace=path) as engine:
+        done = engine.generate("The river was cold that night, and nobody", max_tokens=16, policy=policy)
+    trace = open_trace(path)
+    p = positions(trace)
+    assert trace.frame("SELECT max(n_proposed) AS n FROM verifications")["n"][0] < 6 == p.n_max
+    assert rounds(policy, p) == [done.rounds]
+    assert counts([policy], p)[0][:, kernel.INEXACT].sum() == 0
+    with pytest.raises(TracekitError, match="drafts of up to 6; record with --mode probe --n-max 7"):
+        counts([parse_one("static:n_max=7")], p)
+
+
 def test_live_trace_brackets_what_it_does_not_know(live_trace, probe_traces):
     """Where a live trace has to guess it says so, and the truth lies between its guesses."""
     live, probe = positions(open_trace(live_trace)), positions(open_trace(probe_traces[0.0]))

@@ -51,8 +51,13 @@ class Positions:
 
     @property
     def n_max(self) -> int:
-        """Longest draft recorded."""
+        """Longest draft recorded, or asked for where a probability stopped it."""
         return self.probs.shape[1]
+
+    @property
+    def most_room(self) -> int:
+        """Longest draft for which some request has room, before its end or that of its context."""
+        return int(np.minimum(self.n_ctx - self.n_prompt, self.max_tokens).max()) - 2
 
     def at(self, indices: Sequence[int]) -> Positions:
         """The requests at these ``indices``, in that order."""
@@ -108,7 +113,7 @@ def positions(trace: TraceFile, shortest: int = 2) -> Positions:
     arms = "('probe', 'live')"
     every = trace.frame(
         f"""SELECT run, request, category, prompt_id, n_prompt, max_tokens, n_ctx, arm,
-                   sum(len(tokens))::INT AS n_generated, sum(n_proposed) AS n_proposed
+                   sum(len(tokens))::INT AS n_generated, sum(n_asked) AS n_asked
             FROM requests JOIN verifications USING (run, request)
             WHERE arm IN {arms} GROUP BY ALL ORDER BY run, request"""
     )
@@ -122,7 +127,7 @@ def positions(trace: TraceFile, shortest: int = 2) -> Positions:
         raise TracekitError(
             f"{trace.path}: every request in it has fewer than {shortest} tokens; record with a higher --max-tokens"
         )
-    if not requests["n_proposed"].sum() and "probe" not in requests["arm"]:
+    if not requests["n_asked"].sum() and "probe" not in requests["arm"]:
         raise TracekitError(
             f"{trace.path}: no request in it drafted anything; record with --mode probe, or live with a "
             "policy that drafts"
@@ -131,7 +136,7 @@ def positions(trace: TraceFile, shortest: int = 2) -> Positions:
         requests = requests.filter(pl.col("arm") == "probe")
     rows = trace.frame(
         """SELECT run, request, n_generated, len(tokens)::INT AS n_emitted, n_proposed, n_drafted, n_matched,
-                  draft_probs
+                  draft_probs, CASE stop WHEN 'p_min' THEN n_asked ELSE n_proposed END AS n_longest
            FROM verifications WHERE n_generated > 0 ORDER BY run, request, n_generated"""
     ).join(
         requests.select("run", "request", pl.int_range(pl.len()).alias("index")),
@@ -150,7 +155,7 @@ def positions(trace: TraceFile, shortest: int = 2) -> Positions:
     n_generated = requests["n_generated"].to_numpy().astype(np.int64)
     first = np.concatenate(([0], np.cumsum(n_generated - 1)))[:-1]
     total = int((n_generated - 1).sum())
-    n_max = max(1, int(rows["n_proposed"].max() or 1))
+    n_max = max(1, int(rows["n_longest"].max() or 1))
     if n_max >= ANY:
         raise TracekitError(f"{trace.path}: drafts of {n_max} tokens, {ANY - 1} are the most that are counted rightly")
     where = first[rows["index"].to_numpy()] + rows["n_generated"].to_numpy().astype(np.int64) - 1

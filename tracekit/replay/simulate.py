@@ -76,14 +76,15 @@ def rounds(policy: Policy, positions: Positions) -> list[list[tuple[int, int]]]:
 
 
 def check(policy: Policy, positions: Positions) -> None:
-    """Raise :class:`TracekitError` where ``policy`` drafts further than the trace recorded: nothing is known, or
-    timed, there.
+    """Raise :class:`TracekitError` where ``policy`` drafts further than the trace recorded, and has room to: nothing is
+    known, or timed, there.
     """
     wanted = getattr(policy.params, "n_max", 0)
-    if wanted > positions.n_max:
+    if min(wanted, positions.most_room) > positions.n_max:
+        probe = "" if positions.mode == "probe" else "--mode probe "
         raise TracekitError(
             f"policy {policy}: n_max {wanted}, but the trace has drafts of up to {positions.n_max}; record "
-            f"with --n-max {wanted}"
+            f"with {probe}--n-max {wanted}"
         )
 
 

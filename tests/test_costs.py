@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from tracekit.errors import TracekitError
-from tracekit.policy.spec import parse
+from tracekit.policy.spec import parse, parse_one
 from tracekit.replay import costs, kernel
 from tracekit.replay.costs import _PLAIN, _cells, fit, fit_steps, layout
 from tracekit.replay.league import League
-from tracekit.replay.robust import drawn, widened
+from tracekit.replay.robust import drawn, too_narrow, widened
 from tracekit.replay.steps import Steps
 from tracekit.trace.store import open_trace
 
@@ -135,10 +135,26 @@ def test_draws_hold_every_kind():
 
 
 def test_few_blocks_are_drawn_wider():
-    """Of two, the spread of draws is the square root of two too small."""
-    draws = np.random.default_rng(0).normal(5, 1, 100)
-    assert widened(draws, 5.0, 2).std() == pytest.approx(2**0.5 * draws.std())
-    assert widened(draws, 5.0, 2).mean() - 5 == pytest.approx(2**0.5 * (draws.mean() - 5))
+    """Of two, the spread of draws is the square root of two too small; however wide, a time stays one."""
+    draws, far = np.random.default_rng(0).normal(5, 1, 100), widened(np.array([0.1, -1.0, 5.0]), 5.0, too_narrow(2))
+    left, wide = np.log(draws / 5), np.log(widened(draws, 5.0, too_narrow(2)) / 5)
+    assert wide.std() == pytest.approx(2**0.5 * left.std())
+    assert wide.mean() == pytest.approx(2**0.5 * left.mean())
+    assert (far > 0).all()
+    assert far[2] == 5
+
+
+def test_draws_far_below_the_prices_make_no_speed_without_end():
+    """Of two blocks, one much faster, intervals reach as far as draws do, and not through zero."""
+    league = League.of(open_trace(SHIPPED))
+    prices = league.cost.prices
+    cost = replace(league.cost, boot=prices * np.array([[0.1], [1.9]] * 20), wider=too_narrow(2))
+    few = League(league.positions, cost)
+    speed, policy = few.no_mtp_speed(), parse_one("static:n_max=2")
+    assert speed.value < speed.high < 100 * speed.value
+    of_these = few.speed_of_these(policy)
+    assert 0 < of_these.low < of_these.value < of_these.high < 100 * of_these.value
+    assert few.table([policy])["speedup_high"][0] < 2
 
 
 def test_a_machine_that_drifts_is_in_the_interval(steps, monkeypatch):

@@ -26,7 +26,7 @@ from tracekit.engine.record import record, wave_of
 from tracekit.errors import TracekitError
 from tracekit.policy.rule import Policy, rule
 from tracekit.replay.league import League
-from tracekit.replay.robust import widened
+from tracekit.replay.robust import too_narrow, widened
 from tracekit.replay.serving import Serving
 from tracekit.trace.store import TraceFile, open_trace
 from tracekit.words import counted
@@ -297,5 +297,5 @@ def _repeat_interval(times: np.ndarray, tokens: float, measured: float) -> tuple
     speeds = [
         1e6 * tokens / np.median(times[np.arange(n)[:, None], rng.integers(0, k, (n, k))], 1).sum() for _ in range(400)
     ]
-    low, high = np.quantile(widened(np.array(speeds), measured, k), (0.025, 0.975))
+    low, high = np.quantile(widened(np.array(speeds), measured, too_narrow(k)), (0.025, 0.975))
     return min(float(low), measured), max(float(high), measured)

@@ -34,6 +34,7 @@ from tracekit.replay.robust import (
     rising,
     robust_mean,
     slowness_of,
+    too_narrow,
     trend,
     widened,
 )
@@ -59,7 +60,8 @@ class CostModel:
     ``prices``: float64 ``[n_counts]``. ``boot``: the same fitted to resampled requests, ``[n_boot, n_counts]``.
     ``cells``: what was measured, how often, and its median. ``spread_ratio``: median absolute deviation of a step's
     measured time over its fitted one. ``most_tokens``: in memory, of the steps measured; beyond that context is
-    extrapolated. ``n_blocks``: stretches of time; with one the machine's drift is not in ``boot``.
+    extrapolated. ``n_blocks``: stretches of time; with one the machine's drift is not in ``boot``. ``wider``: how many
+    times as far from ``prices`` as ``boot`` a time really spreads.
     """
 
     n_max: int
@@ -70,6 +72,11 @@ class CostModel:
     n_steps: int
     most_tokens: int
     n_blocks: int
+    wider: float = 1.0
+
+    def drawn_us(self, counts: np.ndarray) -> np.ndarray:
+        """Time that ``counts``, ``[n_counts]``, take in every draw, as wide as it spreads: float64 ``[n_boot]``."""
+        return widened(self.boot @ counts, float(self.prices @ counts), self.wider)
 
     @property
     def id(self) -> str:
@@ -98,12 +105,13 @@ def fit(
     return CostModel(
         n_max=n_max,
         prices=prices,
-        boot=widened(np.array(boot), prices, len(drift)),
+        boot=np.array(boot),
         cells=_measured(steps),
         spread_ratio=deviation(ratio),
         n_steps=len(steps.wall),
         most_tokens=int(steps.kv.max()),
         n_blocks=steps.n_blocks,
+        wider=too_narrow(len(drift)),
     )
 
 

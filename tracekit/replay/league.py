@@ -256,7 +256,7 @@ class League:
         """
         known = self.no_mtp_counts if policy is None else self.counts([policy])[0]
         total, tokens = known.sum(0), 1e6 * self.tokens.sum()
-        low, high = np.quantile(tokens / (self.cost.boot @ total), _LEVELS)
+        low, high = np.quantile(tokens / self.cost.drawn_us(total), _LEVELS)
         return Interval(float(tokens / (total @ self.cost.prices)), float(low), float(high))
 
     def gain(self, filled: Sequence[np.ndarray], member: np.ndarray | None = None, alone: bool = False) -> Interval:
@@ -281,9 +281,9 @@ class League:
         if len(times) < 2:
             return Interval(value, None, None)
         of_requests = reach_of_ratio(parts, times)
-        total = np.maximum(self.cost.boot @ known.sum(0), 1e-9)
-        drawn = (parts.sum() if against is None else self.cost.boot @ against.sum(0)) / total
-        low, high = np.quantile(np.log(np.maximum(drawn, 1e-9) / value), _LEVELS)
+        total = self.cost.drawn_us(known.sum(0))
+        drawn = (parts.sum() if against is None else self.cost.drawn_us(against.sum(0))) / total
+        low, high = np.quantile(np.log(drawn / value), _LEVELS)
         reach = np.hypot(of_requests, max(-low, 0.0)), np.hypot(of_requests, max(high, 0.0))
         return Interval(value, float(value * np.exp(-reach[0])), float(value * np.exp(reach[1])))
 

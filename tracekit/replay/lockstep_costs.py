@@ -26,7 +26,7 @@ from tracekit.replay.robust import (
     not_negative,
     pulled_in,
     slowness_of,
-    widened,
+    too_narrow,
 )
 from tracekit.trace.store import TraceFile
 
@@ -57,16 +57,16 @@ def fit(
         boot.append(level * _prices([np.tensordot(times, g, 1) for g in fitted], steps))
         if progress:
             progress(i + 1, n_boot)
-    boot = widened(np.array(boot), prices, len(slowness))
     return CostModel(
         n_max=n_max,
         prices=prices,
-        boot=boot,
+        boot=np.array(boot),
         cells=steps.cells(),
         spread_ratio=deviation(ratio),
         n_steps=len(steps.wall),
         most_tokens=int((steps.frame["n_past"] + steps.frame["n_tokens"]).max()),
         n_blocks=steps.n_blocks,
+        wider=too_narrow(len(slowness)),
     )
 
 

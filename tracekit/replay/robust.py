@@ -15,6 +15,7 @@ _MOST = 5  # times the median of its like: whatever took longer did other things
 _TAIL = 0.5  # of a median: as far from it an ordinary slow step may be, where others share the machine
 _PAIRED = 500  # values whose pairs a line goes by, of more every so-many-th
 _ITERATIONS = 100  # per price: SciPy's default of a few is an error where prices trade places
+_LEAST_DRAWN = 1e-3  # of an estimate, in a draw of it
 _PIECES = 10  # of a stretch of time that is the only one
 
 
@@ -91,11 +92,18 @@ def trend(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return theilslopes(y[few], x[few]).slope * (x - np.median(x))
 
 
-def widened(draws: np.ndarray, centre: np.ndarray | float, n: int) -> np.ndarray:
-    """Bootstrap ``draws`` of something estimated from ``n`` independent parts, their spread as wide as that of the
-    estimate: drawing from few parts has a variance too small by ``(n - 1) / n``. With one part it has none.
+def too_narrow(n: int) -> float:
+    """How many times wider an estimate from ``n`` independent parts spreads than bootstrap draws of it: drawing from
+    few parts has a variance too small by ``(n - 1) / n``. With one part it has none.
     """
-    return centre + (draws - centre) * np.sqrt(n / max(1, n - 1))
+    return float(np.sqrt(n / max(1, n - 1)))
+
+
+def widened(draws: np.ndarray, centre: float, by: float) -> np.ndarray:
+    """``draws`` of something positive spread ``by`` times as wide around ``centre``: in logarithms, so that none is
+    negative.
+    """
+    return centre * np.maximum(draws / centre, _LEAST_DRAWN) ** by
 
 
 def reach_of_ratio(parts: np.ndarray, wholes: np.ndarray) -> float:

@@ -77,6 +77,21 @@ def test_intervals_hold_the_truth(truth, recorded):
     assert ((by["speedup_low"] <= held) & (held <= by["speedup_high"])).all()
 
 
+def test_an_interval_of_one_request_spans_what_is_not_known(truth):
+    """A single request, and one queue of them, tell of no others, but not less of what the trace does not know."""
+    live = League(seen_under("static:n_max=1", truth.positions), truth.cost, truth.trace, truth.priced)
+    one, true_one = (League(of.positions.at([5]), of.cost) for of in (live, truth))
+    queue, two = parse_one("fallback:n_max=2,zero_trip=false,scope=engine"), parse_one("static:n_max=2")
+    for league, knowing, policy in ((live, truth, queue), (one, true_one, two)):
+        told, true = (of.table([policy]).row(0, named=True) for of in (league, knowing))
+        assert told["exact_fraction"] < 1
+        for name in ("tokens_per_second", "speedup"):
+            assert told[f"{name}_low"] < told[f"{name}_high"]
+            assert told[f"{name}_low"] <= true[name] <= told[f"{name}_high"]
+            assert true[f"{name}_low"] is None
+    assert one.table([parse_one("static:n_max=1")])["speedup_low"].is_null().all()
+
+
 def test_requests_without_names_are_apart_in_time(models, settings, tmp_path):
     """Where prompts have no ids, as in a server, every request is a block of its own for drift and intervals."""
     path, prose = tmp_path / "t.duckdb", requests()[1].prompt

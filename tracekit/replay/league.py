@@ -28,17 +28,21 @@ _REFUSED_US = 1e18  # price of a step that goes beyond the trace: no sum of real
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its 95 % interval; None where it rests on a single request, or on one queue of them."""
+    """A value with its 95 % interval. Where it rests on a single request, or on one queue of them, that spans only what
+    the trace does not know, and is None where it knows everything.
+    """
 
     value: float
     low: float | None
     high: float | None
 
-    def around(self, others: Sequence[Interval]) -> Interval:
-        """The same value, in an interval that holds the ``others`` too."""
-        if self.low is None:
-            return self
-        return Interval(self.value, min(i.low for i in (self, *others)), max(i.high for i in (self, *others)))
+    def around(self, others: Sequence[Interval], alone: bool = False) -> Interval:
+        """The same value, in an interval that holds the ``others`` too; ``alone``: it has none of its own."""
+        every = self, *others
+        if not alone and self.low is not None:
+            return Interval(self.value, min(i.low for i in every), max(i.high for i in every))
+        low, high = min(i.value for i in every), max(i.value for i in every)
+        return Interval(self.value, None, None) if low == high else Interval(self.value, low, high)
 
 
 class League:
@@ -174,10 +178,11 @@ class League:
     def table(self, policies: Sequence[Policy]) -> pl.DataFrame:
         """One row per policy, in order; speeds in tokens per second of generation, with 95 % intervals.
 
-        ``speedup`` is against no MTP. A single request has no interval, nor has a policy whose state outlives one: all
-        requests together are one then. ``exact_fraction``: share of steps whose outcome the trace determines; where it
-        is below 1 the interval spans what lies between no and every unknown draft being right. ``regret``: time lost
-        against the clairvoyant optimum, over its time; None with several slots.
+        ``speedup`` is against no MTP. A single request tells nothing of others, nor do requests of a policy whose state
+        outlives one: all together are one then, and an interval is of what is not known. ``exact_fraction``: share of
+        steps whose outcome the trace determines; where it is below 1 the interval spans what lies between no and every
+        unknown draft being right. ``regret``: time lost against the clairvoyant optimum, over its time; None with
+        several slots.
         """
         rows, chunk = [], max(1, _MOST_BYTES // self.no_mtp_counts.nbytes)
         for start in range(0, len(policies), chunk):
@@ -248,7 +253,7 @@ class League:
         fills, of all or of ``member`` ones. ``alone``: they are one queue, of which there are no others to compare.
         """
         first, *others = (self._speed(known, member) for known in filled)
-        return Interval(first.value, None, None) if alone else first.around(others)
+        return first.around(others, alone)
 
     def speed_of_these(self, policy: Policy | None) -> Interval:
         """Tokens per second of exactly these requests under ``policy`` (None: no MTP); the interval is the cost
@@ -262,7 +267,7 @@ class League:
     def gain(self, filled: Sequence[np.ndarray], member: np.ndarray | None = None, alone: bool = False) -> Interval:
         """Speed-up against no MTP, as above; numerator and denominator share every draw."""
         first, *others = (self._gain(known, member) for known in filled)
-        return Interval(first.value, None, None) if alone else first.around(others)
+        return first.around(others, alone)
 
     def _gain(self, known: np.ndarray, member: np.ndarray | None) -> Interval:
         chosen = slice(None) if member is None else member

@@ -192,6 +192,7 @@ def test_calibration_prices_a_recorded_trace(wide, tmp_path):
         assert b["tokens_per_second_low"] <= b["tokens_per_second"] <= b["tokens_per_second_high"]
         assert a["tokens_per_second"] != b["tokens_per_second"]
     assert own[0]["cost_model"] != other[0]["cost_model"]
+    assert (own[0]["warning"], "times are of another model" in other[0]["warning"]) == ("", True)
     space = tmp_path / "space.toml"
     space.write_text("[static]\nn_max = [1, 4, 8]\n")
     found = json.loads(tracekit("tune", SHIPPED, "--cost", trace.path, "--space", space, "--json").stdout)

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "tune": {"errors", "trace", "policy", "replay"},
     "engine": {"errors", "trace", "policy"},
     "testing": {"errors", "policy", "replay"},
-    "report": {"errors", "beside", "trace", "policy", "replay", "tune", "verify"},
+    "report": {"errors", "beside", "words", "trace", "policy", "replay", "tune", "verify"},
     "verify": {"errors", "beside", "words", "trace", "policy", "replay", "engine"},
     "study": {"errors", "words", "trace", "policy", "replay", "tune", "engine", "model", "verify"},
     "demo": {"errors", "engine", "model", "study"},

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 from rich.table import Table
 
+from tracekit.words import counted
+
 if TYPE_CHECKING:
     from tracekit.policy.file import PolicyFile
     from tracekit.replay.league import League
@@ -103,7 +105,7 @@ def _best_static(league: League) -> dict[str, Any]:
 
 
 def with_references(frame: pl.DataFrame, league: League) -> list[dict[str, Any]]:
-    """One object per policy, the trace's three references in each."""
+    """One object per policy, the trace's three references in each, and what one should know of the prices."""
     plain, best = league.no_mtp_speed(), _best_static(league)
     same = {
         "no_mtp_tokens_per_second": plain.value,
@@ -112,6 +114,7 @@ def with_references(frame: pl.DataFrame, league: League) -> list[dict[str, Any]]
         "clairvoyant_tokens_per_second": league.clairvoyant_speed(),
         "trace_id": league.trace.trace_id,
         "cost_model": league.cost.id,
+        "warning": league.warning,
     }
     return [row | same for row in frame.iter_rows(named=True)]
 
@@ -119,17 +122,20 @@ def with_references(frame: pl.DataFrame, league: League) -> list[dict[str, Any]]
 def league_note(league: League) -> str:
     """What the table's numbers rest on."""
     p, n_slots = league.positions, league.serving.n_slots
-    ended = " of two tokens or more, the first untimed" if n_slots == 1 else ""
+    ended, counted_from = "", ""
+    if n_slots == 1:
+        ended, counted_from = " of two tokens or more", " after the first of each, which comes with its prompt"
     together = (
         f" Served over {n_slots} slots from one queue: tokens/s are of the whole run, reading prompts included."
         if n_slots > 1
         else ""
     )
     return (
-        f"{p.n_requests} requests{ended}, {int(league.tokens.sum())} tokens, {p.mode} trace; times from "
-        f"{league.cost.n_steps} steps "
-        f"(cost model {league.cost.id}, step spread {100 * league.cost.spread_ratio:.1f} %); counts are exact "
-        f"where 'exact' says 100 %.{together}" + (f" Warning: {league.warning}." if league.warning else "")
+        f"{counted(p.n_requests, 'request')}{ended}, {int(league.tokens.sum())} tokens{counted_from}; {p.mode} trace; "
+        f"times from {league.cost.n_steps} steps (cost model {league.cost.id}), in the median "
+        f"{100 * league.cost.spread_ratio:.1f} % from what is fitted; counts are exact where 'exact' says 100 %."
+        + together
+        + (f" Warning: {league.warning}." if league.warning else "")
     )
 
 

@@ -203,6 +203,13 @@ def test_steps_equal_the_live_engines(several, model, tmp_path):
         assert np.allclose(walked[same], recorded[same]), (text, np.flatnonzero(~np.isclose(walked, recorded)))
 
 
+def test_other_slots_than_recorded_are_to_be_recorded():
+    """A trace of four slots has a baseline of four: what is missing for three is a recording of three."""
+    four = open_trace(H200 / "8b-aligned-4-slots.duckdb")
+    with pytest.raises(TracekitError, match=r"3 slots.*; record with --parallel 3"):
+        League.of(four, n_slots=3)
+
+
 def test_shares_add_up(several):
     """Every step belongs to somebody: the shares of the requests are the steps of the run."""
     p = positions(open_trace(several[1]))

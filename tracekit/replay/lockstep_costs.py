@@ -133,7 +133,8 @@ class _Steps:
             )
         if (frame["n_draft_decodes"] > 0).sum() < LEAST:
             raise TracekitError(f"{trace.path}: fewer than {LEAST} of its steps drafted; {advice}")
-        missing = advice if calibration else "record with --baseline"
+        as_recorded = str(n_slots) in trace.runs["settings"].str.json_path_match("$.n_slots").to_list()
+        missing = "record with --baseline" if as_recorded and not calibration else advice
         if full.filter(_BARE).height < LEAST:
             raise TracekitError(f"{trace.path}: no baseline of {n_slots} slots without MTP was recorded; {missing}")
         if snapshots and full.filter(~pl.col("mtp") & pl.col("loaded")).height < LEAST:

@@ -145,8 +145,9 @@ def test_conformance_catches_a_wrong_policy(edited, piece, replacement, says):
     assert str(path) in str(error.value)
 
 
-def test_conformance_compares_with_the_file_itself(edited):
+def test_conformance_compares_with_the_file_itself(edited, monkeypatch):
     """Both twins are handed a parameter that has lost its last digit; the policy's own functions are not."""
+    monkeypatch.setattr("tracekit.policy.rule._MOST", 1 << 54)
     path = edited(("floor: int = 1", "floor: int = 9007199254740993"), (DECIDE, "return params.floor % 2, 0.0"))
     with pytest.raises(AssertionError, match="request 0: simulated .* are not the policy's own"):
         check_policy(path)
@@ -253,6 +254,7 @@ def test_sweeps_expand_lists_and_ranges():
     assert len(labels) == 6 + 2 + 1
     assert labels[0] == "fallback:n_max=4,min_ratio=0.5"
     assert labels[-3:] == ["static:n_max=1", "static:n_max=2", "off"]
+    assert [p.scope for p in parse("fallback:scope=engine,request,off")] == ["engine", "request", "request"]
 
 
 @given(st.integers(0, 40), st.floats(0, 1), st.booleans(), st.integers(0, 99), st.sampled_from(["request", "engine"]))
@@ -270,6 +272,7 @@ def test_labels_parse_back(n_max, ratio, zero, resume, scope):
         ("static:n_mux=3", "did you mean n_max"),
         ("static:n_max=three", "not key=value|not a whole number"),
         ("static:n_max=-1", "0 or more"),
+        ("fallback:min_drafts=9007199254740993", "min_drafts=9007199254740993: 9007199254740992 or less"),
         ("static:p_min=1.5", "between 0 and 1"),
         ("static:p_min=nan", "between 0 and 1|not key=value"),
         ("fallback:scope=galaxy", "request, engine|not key=value"),

@@ -16,6 +16,7 @@ from tracekit.errors import TracekitError
 from tracekit.policy.interface import NEVER, SCOPES, Now, Outcome, Scope
 
 SHIPPED = Path(__file__).parent / "shipped"
+_MOST = 1 << 53  # of a whole number: the simulator takes parameters as floats, which hold no larger ones exactly
 _NUMBERS = int, float  # a union of them would be made anew, per token
 REQUIRED = ("Params", "State", "begin", "decide", "learn")
 _TAKES = {  # each function, as the engine calls it
@@ -167,8 +168,8 @@ def convert(policy: str, key: str, kind: Any, value: Any) -> Any:
         number = kind(text)
     except ValueError:
         raise TracekitError(f"{policy}: {key}={value}: not {'a whole number' if kind is int else 'a number'}") from None
-    if kind is int and number < 0:
-        raise TracekitError(f"{policy}: {key}={value}: 0 or more")
+    if kind is int and not 0 <= number <= _MOST:
+        raise TracekitError(f"{policy}: {key}={value}: {'0 or more' if number < 0 else f'{_MOST} or less'}")
     if (key == "p_min" or key.endswith("_ratio")) and not 0 <= number <= 1:
         raise TracekitError(f"{policy}: {key}={value}: between 0 and 1")
     if number != number or number in (float("inf"), float("-inf")):

@@ -1,9 +1,9 @@
 """Policies as people write them: ``fallback:n_max=8,min_ratio=0.5..0.9/0.05,static:n_max=1,2,4,off``.
 
 ``name:key=value,key=value``; a comma then starts the next policy (it has no ``=``, or a ``:`` before it) or another
-value of the same key (it is a number or a truth value). ``low..high/step`` is a range, both ends included. Several
-values sweep: every combination is one policy. A name that ends in ``.py`` is a policy of one's own, in ``.toml`` a
-policy file.
+value of the same key (it is a number, a truth value or a scope). ``low..high/step`` is a range, both ends included.
+Several values sweep: every combination is one policy. A name that ends in ``.py`` is a policy of one's own, in
+``.toml`` a policy file.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from pathlib import Path
 
 from tracekit.errors import TracekitError
 from tracekit.policy import file
+from tracekit.policy.interface import SCOPES
 from tracekit.policy.rule import Policy, Rule, rule
 
 MOST = 200_000  # values of a range, policies of a sweep or a search
-_VALUE = re.compile(r"[-+]?[\d.][\d.eE+-]*(\.\.[-+\d.eE]+/[-+\d.eE]+)?|true|false|yes|no|on", re.IGNORECASE)
+_NUMBER = r"[-+]?[\d.][\d.eE+-]*(\.\.[-+\d.eE]+/[-+\d.eE]+)?"
+_VALUE = re.compile(rf"{_NUMBER}|true|false|yes|no|on|{'|'.join(SCOPES)}", re.IGNORECASE)
 
 PolicyLike = Policy | Rule | file.PolicyFile | str | Path
 

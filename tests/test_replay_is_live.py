@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +19,7 @@ from tracekit.replay.league import League
 from tracekit.replay.simulate import counts, rounds
 from tracekit.replay.steps import Steps
 from tracekit.trace.store import open_trace
-from tracekit.verify import Arm, _judge
+from tracekit.verify import Arm, Verdict, _judge
 
 from .conftest import POLICIES, requests
 
@@ -161,7 +163,25 @@ def test_steps_are_compared_in_every_repeat(probe_traces, repeat):
             for k in range(2):
                 other = [*steps[:-1], (9, 0)] if (a, r, k) == (1, 3, repeat) else steps
                 runs[a, r, k] = SimpleNamespace(tokens=[0] * int(p.n_generated[r]), rounds=other), 1000.0
-    assert _judge(league, arms, wanted, runs, 2).arms["equal_requests"].to_list() == [len(wanted), len(wanted) - 1]
+    verdict = _judge(league, arms, wanted, runs, 2)
+    assert verdict.arms["equal_requests"].to_list() == [len(wanted), len(wanted) - 1]
+
+
+def test_verdict_tells_what_its_prediction_rests_on(probe_traces, tmp_path):
+    """What one should know before trusting prices, as replay and tune say it; a file from before says nothing."""
+    league = League.of(open_trace(probe_traces[0.0]))
+    busy = League(league.positions, replace(league.cost, spread_ratio=0.4), league.trace, league.priced)
+    arms = [Arm("no MTP", None), Arm("off", parse_one("off"))]
+    steps = enumerate(rounds(arms[1].policy, busy.positions))
+    runs = {(a, r, 0): (SimpleNamespace(tokens=[0], rounds=of), 1000.0) for r, of in steps for a in range(2)}
+    wanted = [Request("", prompt_id=prompt_id) for prompt_id in busy.positions.prompt_ids]
+    verdict, path = _judge(busy, arms, wanted, runs, 1), tmp_path / "verdict.json"
+    assert "as on a busy machine" in verdict.warning
+    verdict.save(path)
+    assert Verdict.load(path).warning == verdict.warning
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in content.items() if k != "warning"}))
+    assert Verdict.load(path).warning == ""
 
 
 def test_live_trace_replays_its_own_policy_exactly(live_trace):

@@ -58,7 +58,8 @@ class Verdict:
     measured interval, where nothing was repeated),
     ``equal_requests`` of ``n_requests`` whose steps were exactly the predicted ones, ``equal_tokens`` of them whose
     tokens were those without MTP, both in every repeat. ``categories``: measured and predicted speed-up of every arm in
-    every prompt category. ``ranking_tau``: Kendall's tau between predicted and measured order.
+    every prompt category. ``ranking_tau``: Kendall's tau between predicted and measured order. ``warning``: what one
+    should know before trusting the prices of the prediction; empty where there is nothing.
     """
 
     arms: pl.DataFrame
@@ -66,6 +67,7 @@ class Verdict:
     ranking_tau: float
     repeats: int
     n_tokens: int
+    warning: str = ""
 
     def as_json(self) -> dict[str, Any]:
         """Plain values of everything above."""
@@ -77,6 +79,7 @@ class Verdict:
             "lossless": self.lossless,
             "repeats": self.repeats,
             "n_tokens": self.n_tokens,
+            "warning": self.warning,
         }
 
     def save(self, path: Path) -> None:
@@ -90,7 +93,8 @@ class Verdict:
         try:
             content = json.loads(path.read_text())
             arms, categories = pl.DataFrame(content["arms"]), pl.DataFrame(content["categories"])
-            return cls(arms, categories, content["ranking_tau"], content["repeats"], content["n_tokens"])
+            rest = (content[name] for name in ("ranking_tau", "repeats", "n_tokens"))
+            return cls(arms, categories, *rest, content.get("warning", ""))
         except (ValueError, KeyError, TypeError) as error:
             raise TracekitError(f"{path}: not a verdict ({error!r}); remove it to verify again") from None
 
@@ -268,7 +272,7 @@ def _judge(league: League, arms: Sequence[Arm], requests: Sequence[Request], run
     )
     distinct = frame.unique("policy", keep="first", maintain_order=True)  # no MTP, tuned to be off, is no second rank
     tau = float(kendalltau(distinct["predicted"], distinct["measured"]).statistic)
-    return Verdict(frame, categories, tau, repeats, int(tokens))
+    return Verdict(frame, categories, tau, repeats, int(tokens), league.warning)
 
 
 def _by_category(arm: Arm, league: League, places: np.ndarray, measured_us: np.ndarray) -> list[dict]:

@@ -87,7 +87,7 @@ def verify(
         out.print_table(tables.verdict_table(verdict))
         out.print_table(tables.categories_table(verdict))
         print("intervals are for exactly these prompts: predicted, of the fit of costs; measured, of the repeats")
-        print(verdict.sentence)
+        print(verdict.sentence + (f" Warning: {verdict.warning}." if verdict.warning else ""))
         if tuned.evidence is not None:
             e = tuned.evidence
             print(

@@ -141,6 +141,10 @@ def test_off_says_what_it_was_chosen_instead_of():
     assert "1.10 x no MTP (0.90 to 1.30" in said
     said = _why_off(replace(nothing, doubted=(static, "code", 0.031)), Interval(1.0, 1.0, 1.0))
     assert "slows code prompts by up to 3.1 %" in said
+    said = _why_off(replace(nothing, doubted=(static, "", np.inf)), Interval(1.0, 1.0, 1.0))
+    assert "a single prompt without a category tells nothing" in said
+    said = _why_off(replace(nothing, refused=(static, "", 0.054)), Interval(1.0, 1.0, 1.0))
+    assert "slow prompts without a category that they were not made on" in said
     said = _why_off(replace(nothing, refused=(static, "prose", 0.054)), Interval(1.0, 1.0, 1.0))
     assert "slow prose prompts that they were not made on by 5.4 %" in said
 

@@ -142,21 +142,28 @@ def _why_off(found: Search, gain: Interval) -> str:
         )
     if found.refused is not None:  # measured on requests it had not seen, which says more than a doubt
         policy, category, slowed = found.refused
+        those = _prompts(category)
         return (
             f" {policy} is faster on these and seems to slow no category by more than allowed, but choices like it "
-            f"slow {category} prompts that they were not made on by {100 * slowed:.1f} %: more of those would tell, or "
+            f"slow {those} that they were not made on by {100 * slowed:.1f} %: more of those would tell, or "
             "a larger --max-slowdown."
         )
     if found.doubted is not None:
         policy, category, slowdown = found.doubted
+        those = _prompts(category)
         if slowdown == float("inf"):
-            return f" {policy} is faster on these, but a single {category} prompt tells nothing of others: more would."
+            one = _prompts(category, "prompt")
+            return f" {policy} is faster on these, but a single {one} tells nothing of others: more would."
         return (
             f" {policy} is faster on these, but they are too few, or too different, to exclude that it slows "
-            f"{category} prompts by up to {100 * slowdown:.1f} % (95 %): more of those would tell, or a larger "
+            f"{those} by up to {100 * slowdown:.1f} % (95 %): more of those would tell, or a larger "
             "--max-slowdown."
         )
     return ""
+
+
+def _prompts(category: str, noun: str = "prompts") -> str:
+    return f"{category} {noun}" if category else f"{noun} without a category"
 
 
 def _rounded(value: float | None) -> float | None:
@@ -179,7 +186,7 @@ def _advice(policy: Policy, gain: Interval, worst: str, worst_gain: Interval, ex
     return (
         f"Speculate with {policy}: {gain.value:.2f} x the speed of no MTP ({gain.low:.2f} to {gain.high:.2f}, "
         f"95 %, {n}); "
-        f"at worst {worst_gain.value:.2f} x{_span(worst_gain)}, on {worst} prompts."
+        f"at worst {worst_gain.value:.2f} x{_span(worst_gain)}, on {_prompts(worst)}."
         + (f" The trace knows {100 * exact:.0f} % of its steps; the interval spans the rest." if exact < 1 else "")
         + (f" But {league.warning}." if league.warning else "")
     )

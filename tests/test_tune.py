@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 from scipy.stats import t as student
 
 from tracekit.errors import TracekitError
+from tracekit.policy.evidence import Evidence
 from tracekit.policy.rule import rule
 from tracekit.replay import kernel
 from tracekit.replay.league import Interval, League
+from tracekit.report.tables import evidence_table
 from tracekit.testing import random_positions
 from tracekit.trace.store import open_trace
-from tracekit.tune.evidence import _why_off, tune
+from tracekit.tune.evidence import _why_off, _worst, tune
 from tracekit.tune.search import Search, _folds, held_out_counts, safe, search
 
 from .test_replay import made_up_cost
@@ -114,6 +116,28 @@ def test_what_is_recommended_is_faster_with_its_whole_interval(seed, speculates)
     else:
         assert sure.policy == rule("off")()
         assert "more prompts would tell" in sure.evidence.advice
+
+
+def test_table_tells_with_which_confidence_policies_are_safe():
+    """The one that the search came to, and each policy's own answer, the chosen one's too; an old file has neither."""
+    made, shipped = _league(21), open_trace(SHIPPED)
+    league = League(made.positions, made.cost, shipped, shipped)
+    tuned = tune(league, SPACE, 0.02)
+    found, e = search(league, SPACE, 0.02, refine=False), tuned.evidence
+    assert (e.confidence, e.safe) == (found.confidence, True)
+    told = replace(tuned, evidence=e.model_copy(update={"confidence": 0.995, "safe": False}))
+    columns = evidence_table(told).columns
+    assert columns[-1].header == "slows no category by > 2 % (one-sided 99.5 %, in sample)"
+    assert list(columns[-1].cells) == ["no", *("yes" if a.safe else "no" for a in e.alternatives)]
+    old = {k: v for k, v in e.model_dump().items() if k not in ("confidence", "safe")}
+    assert Evidence.parse(SHIPPED, old).confidence == 0.95
+
+
+def test_worst_category_is_the_one_that_may_be_slowed_most():
+    """Not the one of the lowest mean: a category of few prompts may be far slower than one of many that is known."""
+    of = {"known": Interval(1.1, 1.09, 1.11), "few": Interval(1.2, 0.9, 1.6), "one": Interval(1.0, None, None)}
+    assert _worst(of) == "few"
+    assert _worst({**of, "alone": Interval(0.8, None, None)}) == "alone"
 
 
 def test_one_prompt_of_a_category_makes_nothing_safe():

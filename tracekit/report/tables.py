@@ -147,7 +147,7 @@ def evidence_table(found: PolicyFile) -> Table:
             f"{found.policy} (cross-validated)",
             interval(e.model_dump(), "tokens_per_second", 1),
             interval(e.model_dump(), "speedup", 3),
-            "yes",
+            _yes(e.safe),
         ]
     ]
     for other in e.alternatives:
@@ -156,12 +156,15 @@ def evidence_table(found: PolicyFile) -> Table:
                 other.policy,
                 interval(other.model_dump(), "tokens_per_second", 1),
                 f"{other.speedup:.3f}",
-                "yes" if other.safe else "no",
+                _yes(other.safe),
             ]
         )
-    return table(
-        ["policy", "tokens/s (95 %)", "x no MTP", f"slows no category by > {100 * e.max_slowdown:g} % (95 %)"], rows
-    )
+    judged = f"slows no category by > {100 * e.max_slowdown:g} % (one-sided {100 * e.confidence:g} %, in sample)"
+    return table(["policy", "tokens/s (95 %)", "x no MTP", judged], rows)
+
+
+def _yes(safe: bool) -> str:
+    return "yes" if safe else "no"
 
 
 def verdict_table(verdict: Verdict, title: str | None = None) -> Table:

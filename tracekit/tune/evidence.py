@@ -48,7 +48,7 @@ def tune(
         found = replace(found, chosen=0)
         speed, gain = league.no_mtp_speed(), Interval(1.0, 1.0, 1.0)
         categories = {c: gain for c in league.members}
-    worst = min(categories, key=lambda c: categories[c].value)
+    worst = _worst(categories)
     others = _alternatives(league, found, max_slowdown)
     beyond = [a for a in others if a.safe and a.speedup > 1 and a.policy not in {p.label for p in found.policies}]
     if named and not found.chosen and beyond:
@@ -76,6 +76,8 @@ def tune(
             folds=folds,
             seed=seed,
             max_slowdown=max_slowdown,
+            confidence=found.confidence,
+            safe=found.policy == rule("off")() or bool(safe(league, [found.policy], max_slowdown, found.confidence)[0]),
             tokens_per_second=round(speed.value, 3),
             tokens_per_second_low=round(speed.low, 3),
             tokens_per_second_high=round(speed.high, 3),
@@ -164,6 +166,11 @@ def _why_off(found: Search, gain: Interval) -> str:
 
 def _prompts(category: str, noun: str = "prompts") -> str:
     return f"{category} {noun}" if category else f"{noun} without a category"
+
+
+def _worst(categories: Mapping[str, Interval]) -> str:
+    """The category that may be slowed most: whose interval, or value where it has none, reaches lowest."""
+    return min(categories, key=lambda c: categories[c].value if categories[c].low is None else categories[c].low)
 
 
 def _rounded(value: float | None) -> float | None:

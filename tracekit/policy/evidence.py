@@ -33,8 +33,8 @@ class Evidence(_Strict):
     Speeds are tokens per second of generation over all requests, predicted for requests the choice was not made on;
     ``low`` and ``high`` are a 95 % interval. With several ``n_slots`` they are of whole runs, with prompts.
     ``safe``: whether every category kept within ``max_slowdown``, by a one-sided bound of this ``confidence`` on the
-    requests the choice was made on. ``worst_category_speedup`` is that of the prompt category whose interval reaches
-    lowest, without an interval where that has one prompt.
+    requests the choice was made on. ``worst_category_speedup`` is the lowest over prompt categories, without an
+    interval where that has one prompt.
     ``device`` and ``cost_model`` are those of ``priced_by``, a trace. ``recorded_with``: how requests were sampled, as
     far as all were alike, and the settings of the engine that ``priced_by`` timed, in llama.cpp's names.
     """

@@ -48,7 +48,7 @@ def tune(
         found = replace(found, chosen=0)
         speed, gain = league.no_mtp_speed(), Interval(1.0, 1.0, 1.0)
         categories = {c: gain for c in league.members}
-    worst = _worst(categories)
+    worst = min(categories, key=lambda c: categories[c].value)
     others = _alternatives(league, found, max_slowdown)
     beyond = [a for a in others if a.safe and a.speedup > 1 and a.policy not in {p.label for p in found.policies}]
     if named and not found.chosen and beyond:
@@ -59,7 +59,9 @@ def tune(
     return PolicyFile(
         found.policy,
         Evidence(
-            advice=_advice(found.policy, gain, worst, categories[worst], exact, league) + why,
+            advice=_advice(found.policy, gain, worst, categories[worst], exact, league)
+            + _doubt(categories, max_slowdown)
+            + why,
             tracekit_version=tracekit.__version__,
             trace=Path(league.trace.path).name,
             trace_id=league.trace.trace_id,
@@ -168,9 +170,14 @@ def _prompts(category: str, noun: str = "prompts") -> str:
     return f"{category} {noun}" if category else f"{noun} without a category"
 
 
-def _worst(categories: Mapping[str, Interval]) -> str:
-    """The category that may be slowed most: whose interval, or value where it has none, reaches lowest."""
-    return min(categories, key=lambda c: categories[c].value if categories[c].low is None else categories[c].low)
+def _doubt(categories: Mapping[str, Interval], max_slowdown: float) -> str:
+    """Which category might, by its 95 % interval, be slowed by more than allowed, if any: the one that might most."""
+    least = {c: of.low for c, of in categories.items() if of.low is not None}
+    category = min(least, key=least.__getitem__, default="")
+    if not least or least[category] >= 1 - max_slowdown:
+        return ""
+    slowed = 100 * (1 - least[category])
+    return f" That {_prompts(category)} are slowed by up to {slowed:.0f} % is not excluded (95 %): more of them would tell."
 
 
 def _rounded(value: float | None) -> float | None:
@@ -185,15 +192,17 @@ def _advice(policy: Policy, gain: Interval, worst: str, worst_gain: Interval, ex
     n_slots = league.serving.n_slots
     n = f"n = {league.positions.n_requests} requests{f' over {n_slots} slots' if n_slots > 1 else ''}, cross-validated"
     live = league.positions.mode == "live"
+    but = f" But {league.warning}." if league.warning else ""
     if policy == rule("off")():
         return (
             f"Do not speculate with this model on prompts like these: no policy was safely faster than no MTP ({n})."
             + (" A live trace knows little but its own policy; --mode probe records what answers every one." * live)
+            + but
         )
     return (
         f"Speculate with {policy}: {gain.value:.2f} x the speed of no MTP ({gain.low:.2f} to {gain.high:.2f}, "
         f"95 %, {n}); "
         f"at worst {worst_gain.value:.2f} x{_span(worst_gain)}, on {_prompts(worst)}."
         + (f" The trace knows {100 * exact:.0f} % of its steps; the interval spans the rest." if exact < 1 else "")
-        + (f" But {league.warning}." if league.warning else "")
+        + but
     )

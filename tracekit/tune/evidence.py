@@ -176,8 +176,8 @@ def _doubt(categories: Mapping[str, Interval], max_slowdown: float) -> str:
     category = min(least, key=least.__getitem__, default="")
     if not least or least[category] >= 1 - max_slowdown:
         return ""
-    slowed = 100 * (1 - least[category])
-    return f" That {_prompts(category)} are slowed by up to {slowed:.0f} % is not excluded (95 %): more of them would tell."
+    slowed = f"{100 * (1 - least[category]):.0f} %"
+    return f" That {_prompts(category)} are slowed by up to {slowed} is not excluded (95 %): more of them would tell."
 
 
 def _rounded(value: float | None) -> float | None:

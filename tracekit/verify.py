@@ -201,7 +201,7 @@ def verify(
                 f"the probes of these prompts do not tell what things cost ({reason}); give more --prompts or "
                 "--max-tokens, or the times of a recorded trace with --cost"
             ) from None
-    return _judge(league, arms, requests, runs, repeats)
+        return _judge(league, arms, requests, runs, repeats)
 
 
 def _run(engine: Engine, requests: Sequence[Request], policy: Policy | None, shared: dict) -> list[Completion]:

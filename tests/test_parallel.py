@@ -56,7 +56,7 @@ def model(memory, models, tmp_path_factory):
 @pytest.fixture(scope="module")
 def several(memory, model, settings, tmp_path_factory):
     """Settings of several slots, and a probe recorded with them; their prompts are read in chunks beside generation."""
-    n_slots = 2 if memory == ("recurrent", True) else N_SLOTS
+    n_slots = 2 if memory[0] == "recurrent" else N_SLOTS
     chosen = replace(settings, n_slots=n_slots, n_batch=64, n_ubatch=64, kv_unified=memory[1])
     path = tmp_path_factory.mktemp("several") / "probe.duckdb"
     with Engine(model, settings=chosen, trace=path, probe=Probe(N_MAX, seed=1)) as engine:

@@ -3,7 +3,7 @@
 A policy is a Python file with five names::
 
     class Params(NamedTuple): ...          # its parameters: int, float or bool, each with a default
-    class State(NamedTuple): ...           # what it remembers: int, float or bool
+    class State(NamedTuple): ...           # what it remembers: int, float or bool, as declared
     def begin(params): ...                 # -> State, when a request starts (or the engine, see scope)
     def decide(params, state, now): ...    # -> (n_draft, p_min), before each verification; n_draft may be NEVER
     def learn(params, state, now, seen):   # -> State, after it

@@ -58,7 +58,8 @@ def finish(trace: Path) -> None:
             log.error(
                 "%s: the last %d bytes of its journal are damaged and left out; %s keeps them", trace, n_damaged, kept
             )
-        journal.unlink(missing_ok=True)
+        else:
+            journal.unlink(missing_ok=True)
     except FileNotFoundError:  # another process was faster
         return
     except Exception as error:  # whatever it is, the trace and its journal stay as they are

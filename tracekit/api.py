@@ -70,9 +70,7 @@ class Trace:
         ``folds`` None: five, or as many as there are requests.
         """
         from tracekit.tune.evidence import tune
-        from tracekit.tune.search import usual_folds
 
-        folds = usual_folds(self.league) if folds is None else folds
         return tune(self.league, _space(space), max_slowdown, folds, seed)
 
     def sql(self, query: str) -> pl.DataFrame:

@@ -57,7 +57,6 @@ def tune(
     from tracekit.report import tables
     from tracekit.trace.store import open_trace
     from tracekit.tune.evidence import tune as search
-    from tracekit.tune.search import usual_folds
     from tracekit.tune.space import read_space
 
     if output is not None:
@@ -67,7 +66,6 @@ def tune(
     wanted = None if space is None else read_space(space)
     with out.progress("fitting costs") as update:
         league = League.of(open_trace(trace), open_trace(cost) if cost else None, parallel, progress=update)
-    folds = usual_folds(league) if folds is None else folds
     with out.progress("policies") as update:
         found = search(league, wanted, max_slowdown, folds, seed, update)
     if output is not None:

@@ -138,7 +138,7 @@ class League:
         """Tokens per second without MTP."""
         return self._speed(self.no_mtp_counts)
 
-    @property
+    @cached_property
     def warning(self) -> str:
         """What one should know before trusting the prices; empty where there is nothing."""
         found, n_slots = [], self.serving.n_slots

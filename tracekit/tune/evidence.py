@@ -14,7 +14,7 @@ from tracekit.policy.file import PolicyFile
 from tracekit.policy.rule import Policy, rule
 from tracekit.replay.league import Interval, League
 from tracekit.trace.store import recorded_with
-from tracekit.tune.search import Progress, Search, held_out_counts, safe, search
+from tracekit.tune.search import Progress, Search, held_out_counts, safe, search, usual_folds
 from tracekit.tune.space import default_space
 
 
@@ -22,12 +22,12 @@ def tune(
     league: League,
     space: Mapping[str, Mapping[str, str]] | None = None,
     max_slowdown: float = 0.02,
-    folds: int = 5,
+    folds: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> PolicyFile:
     """The best safe policy in ``space`` (None: every shipped policy's, and between its values; where a policy has no
-    values, its own ``SPACE``) on the trace of ``league``, with its evidence.
+    values, its own ``SPACE``) on the trace of ``league``, with its evidence. ``folds`` None: :func:`usual_folds`.
 
     It is ``off`` unless the speed-up on requests the choice was not made on is above 1 with its whole 95 % interval,
     which on a live trace spans what is not known.
@@ -37,6 +37,7 @@ def tune(
         space = {name: values or rule(name).space for name, values in space.items()}
     else:
         space = default_space(league.serving.n_slots)
+    folds = usual_folds(league) if folds is None else folds
     found = search(league, space, max_slowdown, folds, seed, progress, refine=not named)
     filled = held_out_counts(league, found)
     gain = league.gain(filled)

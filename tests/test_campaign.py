@@ -402,6 +402,20 @@ def test_shipped_plans_are_whole(name):
             lambda text: text.replace("[calibrate]", '[[sizes]]\nname = "tiny"\nwidth = 256\nlayers = 7\n[calibrate]'),
             "sizes: tiny is there twice",
         ),
+        (
+            lambda text: text.replace('"misaligned"\nslots', '"misaligned"\nsizes = ["8b"]\nslots'),
+            "studies.1.sizes: no size 8b; there are tiny",
+        ),
+        (lambda text: text.replace("[calibrate]", "[calibrate]\nsizes = []"), "calibrate.sizes: tuple should have at"),
+        (
+            lambda text: re.sub(
+                r"^(\[\[(?:studies|live)\]\]|\[calibrate\])",
+                r'\1\nsizes = ["tiny"]',
+                text.replace("[calibrate]", '[[sizes]]\nname = "b"\nwidth = 256\nlayers = 7\n[calibrate]'),
+                flags=re.MULTILINE,
+            ),
+            "sizes: nothing is done with b",
+        ),
     ],
 )
 def test_bad_plans_get_one_line(tmp_path, edit, message):
@@ -413,6 +427,26 @@ def test_bad_plans_get_one_line(tmp_path, edit, message):
     with pytest.raises(TracekitError, match=re.escape(message)) as error:
         read_plan(str(path))
     assert "\n" not in str(error.value)
+
+
+def test_a_stage_may_be_for_some_sizes(tmp_path, monkeypatch):
+    """A stage that names sizes is done with these, any other with all; recordings come before the surface."""
+    text = (PLANS / "smoke.toml").read_text()
+    text = text.replace("[calibrate]", '[[sizes]]\nname = "b"\nwidth = 256\nlayers = 7\n[calibrate]\nsizes = ["b"]')
+    text = text.replace('head = "misaligned"\nslots = 1', 'head = "misaligned"\nslots = 1\nsizes = ["tiny"]', 1)
+    (tmp_path / "plan.toml").write_text(text)
+    plan, done = read_plan(str(tmp_path / "plan.toml"))[0], []
+    for stage in ("_study", "_record", "_calibrate"):
+        monkeypatch.setattr(
+            campaign.Campaign,
+            stage,
+            lambda _, size, of: done.append(f"{size.name}-{getattr(of, 'name', 'calibration')}"),
+        )
+    assert len(list(campaign.Campaign(plan, tmp_path, tmp_path, QUIET).run())) == 5
+    studies = [f"{size}-aligned{slots}" for slots in ("", "-2-slots") for size in ("tiny", "b")]
+    studies.insert(2, "tiny-misaligned")
+    recordings = [f"{size}-{live.name}" for live in plan.live for size in ("tiny", "b")]
+    assert done == [*studies, *recordings, "b-calibration"]
 
 
 def test_a_bad_plan_ends_a_campaign_before_it_begins(tmp_path):

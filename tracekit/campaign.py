@@ -108,7 +108,7 @@ class Campaign:
         """
         plan, failed = self.plan, []
         for study in plan.studies:
-            for size in plan.sizes:
+            for size in plan.sizes_of(study):
                 try:
                     finding = self._study(size, study)
                 except Failed as error:
@@ -116,12 +116,12 @@ class Campaign:
                     self.tell.say(f"[{failed[-1]}] failed, going on: {error}")
                 else:
                     yield finding
-        if plan.calibrate:
-            for size in plan.sizes:
-                self._calibrate(size, plan.calibrate)
         for live in plan.live:
-            for size in plan.sizes:
+            for size in plan.sizes_of(live):
                 self._record(size, live)
+        if plan.calibrate:
+            for size in plan.sizes_of(plan.calibrate):
+                self._calibrate(size, plan.calibrate)
         if failed:
             raise Failed(
                 f"not tuned or verified, for the reasons told above: {', '.join(failed)}; all else is done; a plan "

@@ -66,7 +66,13 @@ class Size(_Strict):
         grown(self.layers, self.width, self.type, source=self.source)
 
 
-class Surface(_Strict):
+class _Stage(_Strict):
+    """What is done with every size of the plan, or only with the ``sizes`` named."""
+
+    sizes: tuple[str, ...] | None = Field(None, min_length=1)
+
+
+class Surface(_Stage):
     """What is calibrated (:class:`tracekit.engine.calibrate.Plan`)."""
 
     n_max: int
@@ -78,7 +84,7 @@ class Surface(_Strict):
     @property
     def plan(self) -> surface.Plan:
         """For the engine. Raises :class:`TracekitError` for what cannot be measured."""
-        return surface.Plan(**self.model_dump())
+        return surface.Plan(**self.model_dump(exclude={"sizes"}))
 
     def settings(self, base: Settings) -> Settings:
         """``base`` with room for it. Raises :class:`TracekitError` as :attr:`plan` does."""
@@ -87,8 +93,8 @@ class Surface(_Strict):
         return replace(served, n_ctx=plan.n_ctx(base.n_batch))
 
 
-class Studied(_Strict):
-    """One study of every size (:mod:`tracekit.study`): with the model's own drafter or with one that is never right,
+class Studied(_Stage):
+    """One study (:mod:`tracekit.study`): with the model's own drafter or with one that is never right,
     over ``slots`` at once, with more prompts than the plan's where slots would be empty.
     """
 
@@ -101,7 +107,7 @@ class Studied(_Strict):
         return self.head + (f"-{self.slots}-slots" if self.slots > 1 else "")
 
 
-class Live(_Strict):
+class Live(_Stage):
     """One live recording: ``slots`` at once, each prompt led up to a context of ``context`` tokens."""
 
     policy: str
@@ -128,8 +134,8 @@ class Live(_Strict):
 
 
 class Plan(_Strict):
-    """A plan file (TOML); :mod:`tracekit.study` says what the workload's keys mean. ``studies``, ``calibrate`` and
-    ``live`` are what is done, each with every size: studies in their order, then the surface, then recordings.
+    """A plan file (TOML); :mod:`tracekit.study` says what the workload's keys mean. ``studies``, ``live``
+    and ``calibrate`` are what is done, in this order.
     """
 
     about: str
@@ -157,6 +163,15 @@ class Plan(_Strict):
         for i, size in enumerate(self.sizes):
             with _refused(f"sizes.{i}."):
                 size.check()
+        sizes = {size.name for size in self.sizes}
+        used = set()
+        for where, stage in self._stages():
+            named = stage.sizes or sizes
+            if strange := sorted(set(named) - sizes):
+                raise ValueError(f"{where}.sizes: no size {strange[0]}; there are {', '.join(sorted(sizes))}")
+            used |= set(named)
+        if idle := sorted(sizes - used):
+            raise ValueError(f"sizes: nothing is done with {idle[0]}")
         with _refused():
             base = Settings(n_max=self.n_max)
             self.workload().check(base)
@@ -176,6 +191,17 @@ class Plan(_Strict):
                 needs = f"a prompt of {longest} tokens and max_tokens = {self.max_tokens}"
                 raise ValueError(f"live.{i}.context = {live.context}: no room for {needs}")
         return self
+
+    def _stages(self) -> Iterator[tuple[str, _Stage]]:
+        """Every stage, after where it stands."""
+        for key in ("studies", "live"):
+            yield from ((f"{key}.{i}", stage) for i, stage in enumerate(getattr(self, key)))
+        if self.calibrate:
+            yield "calibrate", self.calibrate
+
+    def sizes_of(self, stage: _Stage) -> list[Size]:
+        """The sizes that ``stage`` is done with, in the plan's order."""
+        return [size for size in self.sizes if not stage.sizes or size.name in stage.sizes]
 
     def _longest(self, source: Path) -> int:
         """Tokens of the longest prompt that is recorded live."""

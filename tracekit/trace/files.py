@@ -10,6 +10,7 @@ import duckdb
 from tracekit.errors import TracekitError
 from tracekit.trace.journal import files_of
 
+SMALL = {"default_block_size": "16384"}  # of a new file: a block is the least that a column of a table takes
 _ALONE = {"autoload_known_extensions": "false", "autoinstall_known_extensions": "false"}  # no other kinds of database
 _OTHER = "not a trace; --force replaces traces only, choose another name"
 

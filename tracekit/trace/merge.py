@@ -14,7 +14,7 @@ import duckdb
 
 from tracekit.errors import TracekitError
 from tracekit.trace import schema
-from tracekit.trace.files import Replaced, check_replaceable, delete, first_line
+from tracekit.trace.files import SMALL, Replaced, check_replaceable, delete, first_line
 from tracekit.trace.store import TraceFile, open_trace
 from tracekit.trace.writer import check_free, columns
 
@@ -46,7 +46,7 @@ def merge(paths: Sequence[str | Path], output: str | Path, force: bool = False) 
     check_replaceable(partial)  # of a merge that was killed; one under way holds it
     try:
         delete(partial)
-        with duckdb.connect(str(partial)) as con:
+        with duckdb.connect(str(partial), config=SMALL) as con:
             _fill(con, traces)
             con.execute("CHECKPOINT")  # closing would not say that the disk is full
         open_trace(partial)

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from tracekit.errors import TracekitError
 from tracekit.trace import schema
-from tracekit.trace.files import delete, first_line, held_by
+from tracekit.trace.files import SMALL, delete, first_line, held_by
 from tracekit.trace.journal import files_of
 
 _ARROW = {
@@ -74,7 +74,8 @@ class TraceWriter:
 
     def __init__(self, path: Path):
         self.path = path
-        self._con = duckdb.connect(str(path), config={"threads": 1})  # the cores are the engine's
+        # the cores are the engine's
+        self._con = duckdb.connect(str(path), config=SMALL | {"threads": 1})
         self._con.execute("PRAGMA disable_optimizer")  # a plain insert has nothing to optimise
 
     @classmethod

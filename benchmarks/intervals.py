@@ -41,7 +41,8 @@ def main() -> None:
         n += args.draws * len(POLICIES)
         for size in sizes:
             for _ in range(args.draws):
-                few = League(whole.positions.at(rng.integers(0, whole.positions.n_requests, size)), cost)
+                some = whole.positions.at(rng.integers(0, whole.positions.n_requests, size))
+                few = League(replace(some, prompt_ids=("",) * size), cost)  # drawn twice, it is another request
                 told = few.table(POLICIES)
                 below[size] += int((told["speedup_high"].to_numpy() < true).sum())
                 above[size] += int((told["speedup_low"].to_numpy() > true).sum())

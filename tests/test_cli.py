@@ -420,6 +420,10 @@ def test_verify_compares_prediction_and_measurement(models, tuned, prompts, tmp_
         assert arm["equal_requests"] == arm["n_requests"] == 6
         assert arm["measured_low"] <= arm["measured"] <= arm["measured_high"]
         assert arm["predicted_low"] <= arm["predicted"] <= arm["predicted_high"]
+        for gain in ("measured_speedup", "predicted_speedup"):
+            assert arm[f"{gain}_low"] <= arm[gain] <= arm[f"{gain}_high"]
+            if arm["arm"] == "no MTP":
+                assert arm[f"{gain}_low"] == arm[f"{gain}_high"] == 1
     speedups = {(c["arm"], c["category"]): c["measured_speedup"] for c in verdict["categories"]}
     assert len(speedups) == 5 * 3
     assert all(speedups["no MTP", category] == 1 for category in "abc")

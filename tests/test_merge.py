@@ -157,7 +157,7 @@ def test_force_replaces_traces_only(halves, tmp_path):
 
 
 def test_on_the_command_line(models, settings, halves, tmp_path):
-    """What servers have left is put together, and said; prompts recorded twice are a warning."""
+    """What servers have left is put together, and said; prompts recorded twice count once where it matters."""
     output = tmp_path / "all.duckdb"
     result = cli("merge", *halves, "-o", output)
     assert result.stdout.startswith("2 runs, ")
@@ -167,6 +167,9 @@ def test_on_the_command_line(models, settings, halves, tmp_path):
         again_with = [replace(r, sampling=replace(r.sampling, seed=99)) for r in requests(per_category=2)[:3]]
         record(engine, again_with, baseline=True)  # greedy: another seed is the same request
     result = cli("merge", output, again, "-o", tmp_path / "more.duckdb", "--json")
-    assert "warning: 3 prompts recorded more than once" in result.stderr
     assert json.loads(result.stdout)["runs"] == 3
+    n = len(requests(per_category=2))
+    told = cli("replay", tmp_path / "more.duckdb", "--policy", "static:n_max=1").stdout
+    assert f"{n + 3} requests ({n} prompts)" in " ".join(told.split())
+    assert f"{n} requests of" in " ".join(cli("replay", output, "--policy", "static:n_max=1").stdout.split())
     assert cli("merge", output, output, "-o", output, code=2).stderr.startswith("tracekit: error: ")

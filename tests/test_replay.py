@@ -20,7 +20,7 @@ from tracekit.replay import kernel, link, lockstep
 from tracekit.replay.arrays import ANY
 from tracekit.replay.clairvoyant import clairvoyant_us
 from tracekit.replay.costs import CostModel, layout
-from tracekit.replay.league import League
+from tracekit.replay.league import Interval, League
 from tracekit.replay.serving import Serving
 from tracekit.replay.simulate import arrays_of, counts, rounds, times
 from tracekit.testing import random_positions
@@ -284,6 +284,33 @@ def test_intervals_are_those_of_a_bootstrap():
     low, high = (np.quantile(1e6 * league.tokens.sum() / (cost.boot @ ours.sum(0)), q) for q in (0.025, 0.975))
     of_these = league.speed_of_these(policy)
     assert (of_these.low, of_these.high) == (pytest.approx(low), pytest.approx(high))
+    gains = (cost.boot @ plain.sum(0)) / (cost.boot @ ours.sum(0))
+    of_these = league.gain_of_these(policy)
+    assert of_these.value == pytest.approx(row["speedup"])
+    assert (of_these.low, of_these.high) == tuple(pytest.approx(np.quantile(gains, q)) for q in (0.025, 0.975))
+    assert league.gain_of_these(None) == Interval(1.0, 1.0, 1.0)
+
+
+def test_requests_that_repeat_a_prompt_tell_no_more():
+    """Every request twice has the intervals of each once, and one prompt twice has none; where no prompt has a name
+    nobody knows that they are alike.
+    """
+    p, cost = random_positions(random.Random(5), 20, 8), made_up_cost(5)
+    once, twice = (League(p.at([*range(20)] * n), cost) for n in (1, 2))
+    policies = [rule("static")(n_max=3), rule("fallback")(n_max=8)]
+    names = [f"{of}{end}" for of in ("tokens_per_second", "speedup") for end in ("", "_low", "_high")]
+    for of in (lambda league: league.table(policies), lambda league: league.by_category(policies[0])):
+        rows, again = of(once), of(twice)
+        assert again["n_requests"].to_list() == [2 * n for n in rows["n_requests"]]
+        assert again["n_prompts"].to_list() == rows["n_prompts"].to_list() == rows["n_requests"].to_list()
+        for name in names:
+            assert again[name].to_list() == pytest.approx(rows[name].to_list())
+    nameless = League(replace(twice.positions, prompt_ids=("",) * 40), cost).table(policies)
+    assert nameless["n_prompts"].to_list() == [40, 40]
+    assert (nameless["speedup_low"] > once.table(policies)["speedup_low"]).all()
+    one = League(p.at([3, 3]), cost).table(policies)
+    assert one["n_requests"].to_list() == [2, 2]
+    assert one["speedup_low"].is_null().all()
 
 
 def test_one_request_or_one_queue_has_no_interval():

@@ -47,6 +47,22 @@ def test_no_draft_beyond_the_end_of_a_text_counts(stopped):
     assert told["ratio"].to_list() == pytest.approx([r / of for r, of in zip(right[1:], n[1:], strict=True)])
 
 
+def test_acceptance_of_a_repeated_prompt_is_no_surer(probe_traces, tmp_path):
+    """The same requests in a second run: twice the drafts, the same ratios, the same intervals."""
+    once, path = open_trace(probe_traces[0.8]), tmp_path / "twice.duckdb"
+    shutil.copy(once.path, path)
+    with duckdb.connect(path) as db:
+        for table in ("requests", "request_ends", "verifications"):
+            db.execute(f"INSERT INTO {table} SELECT * REPLACE (run + 1 AS run) FROM {table}")
+    told, again = (acceptance_by_position(of) for of in (once, open_trace(path)))
+    assert again["n"].to_list() == [2 * n for n in told["n"]]
+    assert told.filter(pl.col("ratio").is_between(0.01, 0.99))["low"].is_not_null().any()
+    wider = told["high"] - told["low"] > 2.1 * 1.96 * (told["ratio"] * (1 - told["ratio"]) / told["n"]).sqrt()
+    assert wider.any()
+    for name in ("ratio", "low", "high"):
+        assert again.filter(wider)[name].to_list() == pytest.approx(told.filter(wider)[name].to_list())
+
+
 @pytest.mark.parametrize(
     ("readings", "told"),
     [

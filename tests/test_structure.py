@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "model": {"errors", "beside"},
     "folders": set(),
     "replay": {"errors", "folders", "trace", "policy"},
-    "tune": {"errors", "trace", "policy", "replay"},
+    "tune": {"errors", "words", "trace", "policy", "replay"},
     "engine": {"errors", "trace", "policy"},
     "testing": {"errors", "policy", "replay"},
     "report": {"errors", "beside", "words", "trace", "policy", "replay", "tune", "verify"},
@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "study": {"errors", "words", "trace", "policy", "replay", "tune", "engine", "model", "verify"},
     "demo": {"errors", "engine", "model", "study"},
     "plans": {"errors", "policy", "engine", "model", "study"},
-    "campaign": {"errors", "beside", "policy", "engine", "model", "study", "plans"},
+    "campaign": {"errors", "beside", "words", "policy", "engine", "model", "study", "plans"},
     "api": {"errors", "trace", "policy", "replay", "tune", "report"},
     "cli": {"errors", "trace", "policy", "replay", "tune", "report", "engine", "model", "verify", "study", "demo"}
     | {"plans", "campaign", "folders", "beside", "words"},

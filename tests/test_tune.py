@@ -66,7 +66,7 @@ def test_every_choice_is_the_fastest_safe_one(seed, max_slowdown):
     times[0] = league.no_mtp_us
     assert found.policies[0] == rule("off")()
     assert np.allclose(found.total_us, times.sum(1))
-    fold = _folds(league.positions.categories, 4, seed)
+    fold = _folds(league.positions, 4, seed)
 
     def best(seen: np.ndarray) -> float:
         are_safe = [_is_safe(league, of, seen, max_slowdown, found.confidence) for of in times]
@@ -91,6 +91,22 @@ def test_every_choice_is_the_fastest_safe_one(seed, max_slowdown):
         assert (found.chosen, _is_safe(league, of, np.ones(len(fold), bool), max_slowdown, 0.5)) == (0, True)
         assert of.sum() < times[0].sum()
         assert bound > max(max_slowdown, of[member].sum() / times[0][member].sum() - 1)
+
+
+@pytest.mark.parametrize("seed", [9, 12, 14, 21])
+def test_a_prompt_is_never_judged_on_itself(seed):
+    """Requests that repeat a prompt are in one fold, and choices are those of each prompt once, as surely."""
+    once = _league(seed)
+    twice = League(once.positions.at([*range(24), *range(23, -1, -1)]), once.cost)
+    found, again = (search(league, SPACE, 0.02, seed=seed) for league in (once, twice))
+    assert again.held_out.tolist() == [*found.held_out, *found.held_out[::-1]]
+    for name in ("policies", "chosen", "confidence", "refused"):
+        assert getattr(again, name) == getattr(found, name)
+    assert np.allclose(again.total_us, 2 * found.total_us)
+    some = found.policies[:40]
+    assert (safe(twice, some, 0.02, 0.95) == safe(once, some, 0.02, 0.95)).all()
+    with pytest.raises(TracekitError, match="between 2 and the number of prompts in the trace, 24"):
+        search(twice, SPACE, folds=30)
 
 
 def test_off_is_not_always_a_matter_of_course():
@@ -126,7 +142,11 @@ def test_table_tells_with_which_confidence_policies_are_safe():
     found, e = search(league, SPACE, 0.02, refine=False), tuned.evidence
     assert (e.confidence, e.safe) == (found.confidence, True)
     told = replace(tuned, evidence=e.model_copy(update={"confidence": 0.995, "safe": False}))
+    for other in e.alternatives:
+        assert other.speedup_low <= other.speedup <= other.speedup_high
+        assert (other.speedup_low < other.speedup_high) == (other.policy != "no MTP")
     columns = evidence_table(told).columns
+    assert list(columns[2].cells)[:2] == [f"{e.speedup:.3f} ({e.speedup_low:.3f} - {e.speedup_high:.3f})", "1.000"]
     assert columns[-1].header == "slows no category by > 2 % (one-sided 99.5 %, in sample)"
     assert list(columns[-1].cells) == ["no", *("yes" if a.safe else "no" for a in e.alternatives)]
     old = {k: v for k, v in e.model_dump().items() if k not in ("confidence", "safe")}

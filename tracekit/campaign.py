@@ -29,6 +29,7 @@ from tracekit.model.build import REFERENCE, build
 from tracekit.plans import Live, Plan, Size, Studied, Surface
 from tracekit.policy.spec import parse_one
 from tracekit.study import Failed, Finding, Study, Teller, complete, conduct, kept, recording, remove
+from tracekit.words import counted
 
 KEPT = (".duckdb", ".json", ".png", ".toml", ".txt")
 _STAGES = r"(?:mis)?aligned(?:-\d+-slots)?|calibration|live-(?:mis)?aligned-[a-z0-9.-]+-\d+x\d+"
@@ -232,7 +233,9 @@ class Campaign:
             return
         self._may_go_on()
         model, sidecar = self._ready(size, live.head)
-        self.tell.say(f"[{size.name}] recording live: {live.policy}, {live.slots} slots, context {live.context}")
+        self.tell.say(
+            f"[{size.name}] recording live: {live.policy}, {counted(live.slots, 'slot')}, context {live.context}"
+        )
         settings = self._settings(size, n_slots=live.slots, n_ctx=live.context)
         made = model, parse_one(live.policy), settings, sidecar
         with recording(self.tell, "tokens", *made, trace=path) as (engine, update):

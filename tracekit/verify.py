@@ -25,7 +25,7 @@ from tracekit.engine import Completion, Engine, Probe, Request, Settings
 from tracekit.engine.record import record, wave_of
 from tracekit.errors import TracekitError
 from tracekit.policy.rule import Policy, rule
-from tracekit.replay.league import League
+from tracekit.replay.league import Interval, League
 from tracekit.replay.robust import too_narrow, widened
 from tracekit.replay.serving import Serving
 from tracekit.trace.store import TraceFile, open_trace
@@ -52,10 +52,10 @@ class Arm:
 class Verdict:
     """What was predicted and what was measured.
 
-    ``arms``: one row per arm: ``arm, policy, predicted, measured`` (tokens/s, each with ``_low`` and ``_high``, 95
-    %), ``error_ratio`` (predicted over measured, minus 1), ``predicted_speedup``, ``measured_speedup``,
-    ``spread_ratio`` (half the range of whole repeats over their median: the measurement's own noise; None, as is the
-    measured interval, where nothing was repeated),
+    ``arms``: one row per arm: ``arm, policy, predicted, measured`` (tokens/s), ``predicted_speedup,
+    measured_speedup`` (against no MTP), each with ``_low`` and ``_high`` (95 %), ``error_ratio`` (predicted over
+    measured, minus 1), ``spread_ratio`` (half the range of whole repeats over their median: the measurement's own
+    noise; None, as are the measured intervals, where nothing was repeated),
     ``equal_requests`` of ``n_requests`` whose steps were exactly the predicted ones, ``equal_tokens`` of them whose
     tokens were those without MTP, both in every repeat. ``categories``: measured and predicted speed-up of every arm in
     every prompt category. ``ranking_tau``: Kendall's tau between predicted and measured order. ``warning``: what one
@@ -226,16 +226,16 @@ def _judge(league: League, arms: Sequence[Arm], requests: Sequence[Request], run
     places = np.array([order[requests[r].prompt_id] for r in known])
     wanted = league.tokens[places]
     tokens = float(wanted.sum())
-    rows, shares = [], []
+    rows, shares, draws = [], [], []
     for a, arm in enumerate(arms):
         times = np.array([[runs[a, r, k][1] for k in range(repeats)] for r in known], float)
         lengths = [[len(runs[a, r, k][0].tokens) + 1 - league.serving.shortest for k in range(repeats)] for r in known]
         times *= wanted[:, None] / np.maximum(lengths, 1)  # other tokens, where rounding decided a near tie
-        predicted = league.speed_of_these(arm.policy)
+        predicted, gain = league.speed_of_these(arm.policy), league.gain_of_these(arm.policy)
         steps = league.serving.rounds(arm.policy or rule("off")(), league.positions)
         whole = 1e6 * tokens / times.sum(0)
-        measured = 1e6 * tokens / np.median(times, 1).sum()
-        low, high = _repeat_interval(times, tokens, measured)
+        draws.append(_drawn_us(times))
+        speed, speedup = (_measured(of, draws[a], repeats) for of in (np.full_like(draws[a], 1e6 * tokens), draws[0]))
         rows.append(
             {
                 "arm": arm.name,
@@ -243,9 +243,15 @@ def _judge(league: League, arms: Sequence[Arm], requests: Sequence[Request], run
                 "predicted": predicted.value,
                 "predicted_low": predicted.low,
                 "predicted_high": predicted.high,
-                "measured": measured,
-                "measured_low": low,
-                "measured_high": high,
+                "predicted_speedup": gain.value,
+                "predicted_speedup_low": gain.low,
+                "predicted_speedup_high": gain.high,
+                "measured": speed.value,
+                "measured_low": speed.low,
+                "measured_high": speed.high,
+                "measured_speedup": speedup.value,
+                "measured_speedup_low": speedup.low,
+                "measured_speedup_high": speedup.high,
                 "spread_ratio": float((whole.max() - whole.min()) / 2 / np.median(whole)) if repeats > 1 else None,
                 "equal_requests": sum(
                     all(runs[a, r, k][0].rounds == steps[order[requests[r].prompt_id]] for k in range(repeats))
@@ -258,10 +264,8 @@ def _judge(league: League, arms: Sequence[Arm], requests: Sequence[Request], run
             }
         )
         shares += _by_category(arm, league, places, np.median(times, 1))
-    frame = pl.DataFrame(rows).with_columns(
-        error_ratio=pl.col("predicted") / pl.col("measured") - 1,
-        predicted_speedup=pl.col("predicted") / rows[0]["predicted"],
-        measured_speedup=pl.col("measured") / rows[0]["measured"],
+    frame = pl.DataFrame(rows, infer_schema_length=None).with_columns(
+        error_ratio=pl.col("predicted") / pl.col("measured") - 1
     )
     base = pl.DataFrame(shares).filter(pl.col("arm") == arms[0].name).select("category", base_us="measured_us")
     categories = (
@@ -290,16 +294,22 @@ def _by_category(arm: Arm, league: League, places: np.ndarray, measured_us: np.n
     ]
 
 
-def _repeat_interval(times: np.ndarray, tokens: float, measured: float) -> tuple[float | None, float | None]:
-    """95 % interval of the speed ``measured``: repeats drawn again for every request; ``times`` float64 ``[n_requests,
-    n_repeats]``. None where nothing was repeated.
+def _drawn_us(times: np.ndarray) -> np.ndarray:
+    """Time of all requests, each its median over the repeats, then with repeats drawn again for every request, the same
+    ones of every arm: float64 ``[1 + 400]``, microseconds; ``times`` float64 ``[n_requests, n_repeats]``.
     """
     rng = np.random.default_rng(0)
     n, k = times.shape
-    if k < 2:
-        return None, None
-    speeds = [
-        1e6 * tokens / np.median(times[np.arange(n)[:, None], rng.integers(0, k, (n, k))], 1).sum() for _ in range(400)
-    ]
-    low, high = np.quantile(widened(np.array(speeds), measured, too_narrow(k)), (0.025, 0.975))
-    return min(float(low), measured), max(float(high), measured)
+    drawn = [np.median(times[np.arange(n)[:, None], rng.integers(0, k, (n, k))], 1).sum() for _ in range(400)]
+    return np.array([np.median(times, 1).sum(), *drawn])
+
+
+def _measured(parts: np.ndarray, wholes: np.ndarray, repeats: int) -> Interval:
+    """The ratio of what was measured, first in both arrays, and its 95 % interval by the draws that follow; None where
+    nothing was repeated.
+    """
+    value, *drawn = parts / wholes
+    if repeats < 2:
+        return Interval(float(value), None, None)
+    low, high = np.quantile(widened(np.array(drawn), value, too_narrow(repeats)), (0.025, 0.975))
+    return Interval(float(value), min(float(low), float(value)), max(float(high), float(value)))

@@ -21,15 +21,6 @@ def merge(
     from tracekit.trace.merge import merge as put_together
 
     merged = put_together(traces, output, force)
-    again = merged.frame(
-        """SELECT prompt_id FROM requests WHERE prompt_id <> '' AND arm IN ('probe', 'live')
-           GROUP BY prompt_id, temp, CASE WHEN temp > 0 THEN seed END HAVING count(DISTINCT run) > 1"""
-    )
-    if again.height:
-        out.say(
-            f"warning: {counted(again.height, 'prompt')} recorded more than once; intervals count each as "
-            "another request"
-        )
     counts = merged.frame(
         """SELECT (SELECT count(*) FROM runs) AS runs, (SELECT count(*) FROM requests) AS requests,
                   (SELECT count(*) FROM verifications) AS verifications"""

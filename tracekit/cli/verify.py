@@ -92,7 +92,7 @@ def verify(
             e = tuned.evidence
             print(
                 f"tuned for {e.speedup:.3f} x no MTP ({e.speedup_low:.3f} - {e.speedup_high:.3f}) on "
-                f"{e.n_requests} other prompts"
+                f"{e.n_prompts or e.n_requests} other prompts"
             )
     if plot:
         out.wrote(pictures.save(pictures.verdict_chart(verdict.arms.with_columns(head=pl.lit(model.name))), plot))

@@ -15,8 +15,8 @@ class _Strict(BaseModel):
 
 
 class Alternative(_Strict):
-    """Another policy on the same trace: tokens per second with a 95 % interval, and whether every category kept within
-    the allowed slowdown with the confidence of the chosen one.
+    """Another policy on the same trace: tokens per second and speed-up against no MTP with their 95 % intervals, and
+    whether every category kept within the allowed slowdown with the confidence of the chosen one.
     """
 
     policy: str
@@ -24,6 +24,8 @@ class Alternative(_Strict):
     tokens_per_second_low: float
     tokens_per_second_high: float
     speedup: float
+    speedup_low: float | None = None
+    speedup_high: float | None = None
     safe: bool
 
 
@@ -35,6 +37,7 @@ class Evidence(_Strict):
     ``safe``: whether every category kept within ``max_slowdown``, by a one-sided bound of this ``confidence`` on the
     requests the choice was made on. ``worst_category_speedup`` is the lowest over prompt categories, without an
     interval where that has one prompt.
+    ``n_prompts``: different ones among the requests; what rests on them rests on so many.
     ``device`` and ``cost_model`` are those of ``priced_by``, a trace. ``recorded_with``: how requests were sampled, as
     far as all were alike, and the settings of the engine that ``priced_by`` timed, in llama.cpp's names.
     """
@@ -51,6 +54,7 @@ class Evidence(_Strict):
     recorded_with: dict[str, Any] = {}
     n_slots: int = 1
     n_requests: int
+    n_prompts: int | None = None
     n_tokens: int
     n_policies: int
     folds: int

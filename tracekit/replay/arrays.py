@@ -49,6 +49,20 @@ class Positions:
         """Requests in the arrays."""
         return len(self.n_generated)
 
+    @cached_property
+    def prompts(self) -> np.ndarray:
+        """Which prompt each request is of, numbered from 0: int64 ``[n_requests]``. Requests whose prompts have one id,
+        category and length are of one: they do not tell of others independently. One without an id is of its own.
+        """
+        found: dict[object, int] = {}
+        each = zip(self.prompt_ids, self.categories, self.n_prompt.tolist(), strict=True)
+        return np.array([found.setdefault(key if key[0] else r, len(found)) for r, key in enumerate(each)], np.int64)
+
+    @property
+    def n_prompts(self) -> int:
+        """Different prompts among the requests."""
+        return int(self.prompts.max()) + 1
+
     @property
     def n_max(self) -> int:
         """Longest draft recorded, or asked for where a probability stopped it."""

@@ -28,8 +28,8 @@ _REFUSED_US = 1e18  # price of a step that goes beyond the trace: no sum of real
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its 95 % interval. Where it rests on a single request, or on one queue of them, that spans only what
-    the trace does not know, and is None where it knows everything.
+    """A value with its 95 % interval. Where it rests on a single prompt, or on one queue of requests, that spans only
+    what the trace does not know, and is None where it knows everything.
     """
 
     value: float
@@ -178,7 +178,7 @@ class League:
     def table(self, policies: Sequence[Policy]) -> pl.DataFrame:
         """One row per policy, in order; speeds in tokens per second of generation, with 95 % intervals.
 
-        ``speedup`` is against no MTP. A single request tells nothing of others, nor do requests of a policy whose state
+        ``speedup`` is against no MTP. A single prompt tells nothing of others, nor do requests of a policy whose state
         outlives one: all together are one then, and an interval is of what is not known. ``exact_fraction``: share of
         steps whose outcome the trace determines; where it is below 1 the interval spans what lies between no and every
         unknown draft being right. ``regret``: time lost against the clairvoyant optimum, over its time; None with
@@ -211,6 +211,7 @@ class League:
             "regret": self._regret(best),
             "n_slots": self.serving.n_slots,
             "n_requests": self.positions.n_requests,
+            "n_prompts": self.positions.n_prompts,
             "n_tokens": int(tokens),
         }
 
@@ -242,6 +243,7 @@ class League:
                 {
                     "category": category,
                     "n_requests": int(member.sum()),
+                    "n_prompts": len(np.unique(self.positions.prompts[member])),
                     **_columns(speed, gain),
                     "acceptance_ratio": int(total[kernel.ACCEPTED]) / drafted if drafted else None,
                 }
@@ -264,6 +266,14 @@ class League:
         low, high = np.quantile(tokens / self.cost.drawn_us(total), _LEVELS)
         return Interval(float(tokens / (total @ self.cost.prices)), float(low), float(high))
 
+    def gain_of_these(self, policy: Policy | None) -> Interval:
+        """Speed-up against no MTP of exactly these requests, as above; both share every draw."""
+        if policy is None:
+            return Interval(1.0, 1.0, 1.0)
+        total, plain = self.counts([policy])[0].sum(0), self.no_mtp_counts.sum(0)
+        low, high = np.quantile(self.cost.drawn_us(plain) / self.cost.drawn_us(total), _LEVELS)
+        return Interval(float((plain @ self.cost.prices) / (total @ self.cost.prices)), float(low), float(high))
+
     def gain(self, filled: Sequence[np.ndarray], member: np.ndarray | None = None, alone: bool = False) -> Interval:
         """Speed-up against no MTP, as above; numerator and denominator share every draw."""
         first, *others = (self._gain(known, member) for known in filled)
@@ -271,25 +281,28 @@ class League:
 
     def _gain(self, known: np.ndarray, member: np.ndarray | None) -> Interval:
         chosen = slice(None) if member is None else member
-        return self._interval(self.no_mtp_us[chosen], known[chosen], self.no_mtp_counts[chosen])
+        return self._interval(chosen, self.no_mtp_us[chosen], known[chosen], self.no_mtp_counts[chosen])
 
     def _speed(self, known: np.ndarray, member: np.ndarray | None = None) -> Interval:
         chosen = slice(None) if member is None else member
-        return self._interval(1e6 * self.tokens[chosen], known[chosen])
+        return self._interval(chosen, 1e6 * self.tokens[chosen], known[chosen])
 
-    def _interval(self, parts: np.ndarray, known: np.ndarray, against: np.ndarray | None = None) -> Interval:
-        """The sum of ``parts`` over the time of requests, whose counts are ``known``, and its 95 % interval: how it
-        differs between requests, and with the costs, those of the counts ``against`` it included.
+    def _interval(
+        self, chosen: slice | np.ndarray, parts: np.ndarray, known: np.ndarray, against: np.ndarray | None = None
+    ) -> Interval:
+        """The sum of ``parts`` over the time of the ``chosen`` requests, whose counts are ``known``, and its 95 %
+        interval: how it differs between prompts, and with the costs, those of the counts ``against`` it included.
         """
         times = known @ self.cost.prices
         value = float(parts.sum() / times.sum())
-        if len(times) < 2:
+        prompt = np.unique(self.positions.prompts[chosen], return_inverse=True)[1]
+        if prompt.max() == 0:
             return Interval(value, None, None)
-        of_requests = reach_of_ratio(parts, times)
+        of_prompts = reach_of_ratio(np.bincount(prompt, parts), np.bincount(prompt, times))
         total = self.cost.drawn_us(known.sum(0))
         drawn = (parts.sum() if against is None else self.cost.drawn_us(against.sum(0))) / total
         low, high = np.quantile(np.log(drawn / value), _LEVELS)
-        reach = np.hypot(of_requests, max(-low, 0.0)), np.hypot(of_requests, max(high, 0.0))
+        reach = np.hypot(of_prompts, max(-low, 0.0)), np.hypot(of_prompts, max(high, 0.0))
         return Interval(value, float(value * np.exp(-reach[0])), float(value * np.exp(reach[1])))
 
 

@@ -81,10 +81,12 @@ def acceptance_by_position(trace: TraceFile) -> pl.DataFrame:
 
     In a probe every draft up to ``n_max`` is tried, whatever came before it; a draft counts as right where it and all
     before it were. Drafts beyond a text's end (an end token, a stop string, a cancelled request) are not counted:
-    nobody knows what would have followed. The interval is over requests.
+    nobody knows what would have followed. The interval is over prompts: requests that repeat one are alike.
     """
     rows = trace.frame(
-        """SELECT r.run, r.request, r.category, v.n_matched AS matched,
+        """SELECT CASE r.prompt_id WHEN '' THEN r.run || '/' || r.request
+                  ELSE concat_ws('|', '', r.prompt_id, r.category, r.n_prompt) END AS prompt,
+                  r.category, v.n_matched AS matched,
                   least(CASE r.arm WHEN 'probe' THEN v.n_proposed ELSE v.n_drafted END,
                         e.n_generated - v.n_generated) AS tried  -- no end, cut off: all that is there was judged
            FROM requests r JOIN verifications v USING (run, request) LEFT JOIN request_ends e USING (run, request)
@@ -95,7 +97,7 @@ def acceptance_by_position(trace: TraceFile) -> pl.DataFrame:
     for category, group in groups if len(groups) > 2 else groups[:1]:
         for position in range(1, int(group["tried"].max() or 0) + 1):
             tried = group.filter(pl.col("tried") >= position)
-            each = tried.group_by("run", "request", maintain_order=True).agg(
+            each = tried.group_by("prompt", maintain_order=True).agg(
                 n=pl.len(), right=(pl.col("matched") >= position).sum()
             )
             interval = ratio_interval(each["right"].to_numpy(), each["n"].to_numpy())
@@ -104,7 +106,7 @@ def acceptance_by_position(trace: TraceFile) -> pl.DataFrame:
 
 
 def ratio_interval(part: np.ndarray, whole: np.ndarray) -> tuple[float, float | None, float | None]:
-    """``sum(part) / sum(whole)`` and its 95 % interval over the entries (requests), never narrower than were each of
+    """``sum(part) / sum(whole)`` and its 95 % interval over the entries (prompts), never narrower than were each of
     the ``whole`` independent; by the rule of three over entries where all or none happened, None with a single one.
     """
     n, ratio = len(whole), float(part.sum() / max(whole.sum(), 1))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 from rich.table import Table
 
-from tracekit.words import counted
+from tracekit.words import counted_requests
 
 if TYPE_CHECKING:
     from tracekit.policy.file import PolicyFile
@@ -27,6 +27,12 @@ def interval(row: dict[str, Any], name: str, digits: int) -> str:
     if low is None:
         return f"{row[name]:.{digits}f} (once)"
     return f"{row[name]:.{digits}f} ({low:.{digits}f} - {high:.{digits}f})"
+
+
+def _gain(row: dict[str, Any], name: str) -> str:
+    """A speed-up; without an interval where it has none, or is no MTP against itself."""
+    low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
+    return f"{row[name]:.3f}" if low is None or low == high else interval(row, name, 3)
 
 
 def _cell(value: float | None, digits: int) -> str:
@@ -131,8 +137,8 @@ def league_note(league: League) -> str:
         else ""
     )
     return (
-        f"{counted(p.n_requests, 'request')}{ended}, {int(league.tokens.sum())} tokens{counted_from}; {p.mode} trace; "
-        f"times from {league.cost.n_steps} steps (cost model {league.cost.id}), in the median "
+        f"{counted_requests(p.n_requests, p.n_prompts)}{ended}, {int(league.tokens.sum())} tokens{counted_from}; "
+        f"{p.mode} trace; times from {league.cost.n_steps} steps (cost model {league.cost.id}), in the median "
         f"{100 * league.cost.spread_ratio:.1f} % from what is fitted; counts are exact where 'exact' says 100 %."
         + together
         + (f" Warning: {league.warning}." if league.warning else "")
@@ -146,7 +152,7 @@ def evidence_table(found: PolicyFile) -> Table:
         [
             f"{found.policy} (cross-validated)",
             interval(e.model_dump(), "tokens_per_second", 1),
-            interval(e.model_dump(), "speedup", 3),
+            _gain(e.model_dump(), "speedup"),
             _yes(e.safe),
         ]
     ]
@@ -155,12 +161,12 @@ def evidence_table(found: PolicyFile) -> Table:
             [
                 other.policy,
                 interval(other.model_dump(), "tokens_per_second", 1),
-                f"{other.speedup:.3f}",
+                _gain(other.model_dump(), "speedup"),
                 _yes(other.safe),
             ]
         )
     judged = f"slows no category by > {100 * e.max_slowdown:g} % (one-sided {100 * e.confidence:g} %, in sample)"
-    return table(["policy", "tokens/s (95 %)", "x no MTP", judged], rows)
+    return table(["policy", "tokens/s (95 %)", "x no MTP (95 %)", judged], rows)
 
 
 def _yes(safe: bool) -> str:
@@ -175,8 +181,8 @@ def verdict_table(verdict: Verdict, title: str | None = None) -> Table:
         "predicted tokens/s (95 %)",
         "measured tokens/s (95 %)",
         "error",
-        "x no MTP predicted",
-        "x no MTP measured",
+        "x no MTP predicted (95 %)",
+        "x no MTP measured (95 %)",
         "same steps",
         "same tokens",
     ]
@@ -189,8 +195,8 @@ def verdict_table(verdict: Verdict, title: str | None = None) -> Table:
                 interval(row, "predicted", 1),
                 interval(row, "measured", 1),
                 f"{100 * row['error_ratio']:+.1f} %",
-                f"{row['predicted_speedup']:.3f}",
-                f"{row['measured_speedup']:.3f}",
+                _gain(row, "predicted_speedup"),
+                _gain(row, "measured_speedup"),
                 f"{row['equal_requests']}/{row['n_requests']}",
                 f"{row['equal_tokens']}/{row['n_requests']}",
             ]
@@ -253,7 +259,7 @@ def stats_tables(summary: Summary) -> list[Table]:
         table(
             ["category", "draft", "right (95 %)", "n"],
             accept,
-            title="Acceptance by position (n: drafts tried; intervals over requests)",
+            title="Acceptance by position (n: drafts tried; intervals over prompts)",
         ),
         table(
             [*by, "requests", "tokens", "verifications", "drafted", "accepted", "tau", "ampl."],

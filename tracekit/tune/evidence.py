@@ -16,6 +16,7 @@ from tracekit.replay.league import Interval, League
 from tracekit.trace.store import recorded_with
 from tracekit.tune.search import Progress, Search, held_out_counts, safe, search, usual_folds
 from tracekit.tune.space import default_space
+from tracekit.words import counted_requests
 
 
 def tune(
@@ -74,6 +75,7 @@ def tune(
             recorded_with=recorded_with(league.trace, league.priced),
             n_slots=league.serving.n_slots,
             n_requests=league.positions.n_requests,
+            n_prompts=league.positions.n_prompts,
             n_tokens=int(league.tokens.sum()),
             n_policies=len(found.policies),
             folds=folds,
@@ -114,7 +116,7 @@ def references(league: League) -> dict[str, Policy]:
 
 def _alternatives(league: League, found: Search, max_slowdown: float) -> tuple[Alternative, ...]:
     plain = league.no_mtp_speed()
-    out = [_alternative("no MTP", plain, 1.0, True)]
+    out = [_alternative("no MTP", plain, Interval(1.0, 1.0, 1.0), True)]
     runners_up = [found.policies[i] for i in np.argsort(found.total_us, kind="stable")[:3]]
     policies = [
         p for p in dict.fromkeys([*references(league).values(), *runners_up]) if p not in (found.policy, rule("off")())
@@ -122,18 +124,23 @@ def _alternatives(league: League, found: Search, max_slowdown: float) -> tuple[A
     rows = league.table(policies).iter_rows(named=True)
     are_safe = safe(league, policies, max_slowdown, found.confidence)
     for policy, row, is_safe in zip(policies, rows, are_safe.tolist(), strict=True):
-        speed = Interval(row["tokens_per_second"], row["tokens_per_second_low"], row["tokens_per_second_high"])
-        out.append(_alternative(policy.label, speed, row["speedup"], is_safe))
+        speed, gain = (
+            Interval(*(row[f"{name}{end}"] for end in ("", "_low", "_high")))
+            for name in ("tokens_per_second", "speedup")
+        )
+        out.append(_alternative(policy.label, speed, gain, is_safe))
     return tuple(out)
 
 
-def _alternative(label: str, speed: Interval, gain: float, is_safe: bool) -> Alternative:
+def _alternative(label: str, speed: Interval, gain: Interval, is_safe: bool) -> Alternative:
     return Alternative(
         policy=label,
         tokens_per_second=round(speed.value, 3),
         tokens_per_second_low=round(speed.low, 3),
         tokens_per_second_high=round(speed.high, 3),
-        speedup=round(gain, 4),
+        speedup=round(gain.value, 4),
+        speedup_low=_rounded(gain.low),
+        speedup_high=_rounded(gain.high),
         safe=is_safe,
     )
 
@@ -191,7 +198,8 @@ def _span(of: Interval) -> str:
 
 def _advice(policy: Policy, gain: Interval, worst: str, worst_gain: Interval, exact: float, league: League) -> str:
     n_slots = league.serving.n_slots
-    n = f"n = {league.positions.n_requests} requests{f' over {n_slots} slots' if n_slots > 1 else ''}, cross-validated"
+    n = f"n = {counted_requests(league.positions.n_requests, league.positions.n_prompts)}"
+    n += f"{f' over {n_slots} slots' if n_slots > 1 else ''}, cross-validated"
     live = league.positions.mode == "live"
     but = f" But {league.warning}." if league.warning else ""
     if policy == rule("off")():

@@ -1,10 +1,11 @@
 """Choose a policy on a trace, safely: the fastest that slows no prompt category by more than allowed, as far as the
-requests of each can tell, judged on requests it was not chosen on.
+prompts of each can tell, judged on prompts it was not chosen on.
 
-A category's slowdown is a ratio of sums over its requests, with the standard error of such a ratio (Cochran, *Sampling
+A category's slowdown is a ratio of sums over its prompts, with the standard error of such a ratio (Cochran, *Sampling
 Techniques*, chapter 2). Safe is a policy whose slowdown stays below what is allowed with some *confidence*: among
 thousands of policies that look safe, the fastest is one whose slowdown is underestimated. Student's t it is that says
-how many standard errors that takes, since few requests hardly tell their own spread, and one not at all.
+how many standard errors that takes, since few prompts hardly tell their own spread, and one not at all. Requests that
+repeat a prompt count as one: they are alike.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from scipy.special import stdtrit
 
 from tracekit.errors import TracekitError
 from tracekit.policy.rule import Policy, rule
+from tracekit.replay.arrays import Positions
 from tracekit.replay.league import League
 from tracekit.tune.space import grid, neighbours
 
-FOLDS = 5  # of a trace with so many requests
+FOLDS = 5  # of a trace with so many prompts
 
 _REFINED = 8  # best policies whose neighbourhood is tried
 _FRACTIONS = (0.5, 0.25)  # of a grid step
@@ -40,7 +42,7 @@ class Search:
     stay below what is allowed. Policies that were not chosen, each with a prompt category and its slowdown, or None:
     ``refused``, chosen at first, when choices like it slowed that category of held-out requests by more than
     allowed; ``doubted``, where ``off`` is chosen and none was refused: faster, and by its means safe, but not with
-    enough confidence; its slowdown is infinite where a single request tells nothing.
+    enough confidence; its slowdown is infinite where a single prompt tells nothing.
     """
 
     policies: list[Policy]
@@ -58,8 +60,8 @@ class Search:
 
 
 def usual_folds(league: League) -> int:
-    """Folds where nobody says how many: five, or as many as there are requests."""
-    return min(FOLDS, league.positions.n_requests)
+    """Folds where nobody says how many: five, or as many as there are prompts."""
+    return min(FOLDS, league.positions.n_prompts)
 
 
 def search(
@@ -72,23 +74,23 @@ def search(
     refine: bool = True,
 ) -> Search:
     """Search ``space`` on the requests of ``league``, and between its values with ``refine``, else these alone. Raises
-    :class:`TracekitError` with fewer requests than folds.
+    :class:`TracekitError` with fewer prompts than folds.
 
     In every fold the selection sees the other requests only (what it selects from, the grid refined around the best of
     all requests, is common). Where the policies so chosen slow a category of held-out requests by more than
     ``max_slowdown``, the selection is repeated with more confidence; a search that finds nothing safe returns ``off``.
     On a live trace a request takes the longest time that what is not known allows.
     """
-    n = league.positions.n_requests
+    n = league.positions.n_prompts
     if not 0 <= max_slowdown < 1:
         raise TracekitError(f"--max-slowdown {max_slowdown}: a fraction between 0 and 1 (0.02 is 2 %)")
     if not 2 <= folds <= n:
-        few = n < 2 and "a single request tells nothing of others; record more prompts"
-        raise TracekitError(few or f"--folds {folds}: between 2 and the number of requests in the trace, {n}")
+        few = n < 2 and "a single prompt tells nothing of others; record more"
+        raise TracekitError(few or f"--folds {folds}: between 2 and the number of prompts in the trace, {n}")
     if seed < 0:
         raise TracekitError(f"--seed {seed}: 0 or more")
     policies, everything = grid(space, league.positions.n_max, not refine), np.ones(folds, bool)
-    fold = _folds(league.positions.categories, folds, seed)
+    fold = _folds(league.positions, folds, seed)
     times = _Times(league, fold)
     times.add(policies, progress)
     for fraction in _FRACTIONS if refine else ():
@@ -113,31 +115,36 @@ def search(
     if chosen == 0 and refused is None and (by_mean := int(times.ranked(everything, max_slowdown, _MEAN)[0])):
         bounds = times.bounds(everything, confidence)[by_mean]
         doubted = policies[by_mean], categories[bounds.argmax()], float(bounds.max())
-    return Search(policies, times.total_us, chosen, best[fold], confidence, refused, doubted)
+    held_out = best[fold[league.positions.prompts]]
+    return Search(policies, times.total_us, chosen, held_out, confidence, refused, doubted)
 
 
 def safe(league: League, policies: Sequence[Policy], max_slowdown: float, confidence: float) -> np.ndarray:
     """Whether each of ``policies`` slows no category by more than allowed, with this confidence: bool
     ``[n_policies]``.
     """
-    times = _Times(league, np.zeros(league.positions.n_requests, int))
+    times = _Times(league, np.zeros(league.positions.n_prompts, int))
     times.add(policies, None)
     return times.safe(np.ones(1, bool), max_slowdown, confidence)
 
 
 class _Times:
-    """Predicted microseconds of policies on the requests of each category and fold, ``off`` being no MTP: sums, and
+    """Predicted microseconds of policies on the prompts of each category and fold, ``off`` being no MTP: sums, and
     what the spread of their ratio to no MTP takes, float64 ``[n_policies, n_categories, n_folds]``, so that memory does
-    not grow with policies times requests.
+    not grow with policies times prompts. ``fold``: that of every prompt. The requests of a prompt count together.
     """
 
     def __init__(self, league: League, fold: np.ndarray):
-        members = list(league.members.values())
-        self._league, self._shape = league, (len(members), int(fold.max()) + 1)
-        self._cells = np.argmax(members, 0) * self._shape[1] + fold
+        categories, first = np.array(list(league.members)), np.unique(league.positions.prompts, return_index=True)[1]
+        self._league, self._shape = league, (len(categories), int(fold.max()) + 1)
+        category = np.searchsorted(categories, np.array(league.positions.categories)[first])
+        self._cells = category * self._shape[1] + fold
         self._sums = self._squares = self._products = np.zeros((0, *self._shape))
-        no_mtp = league.no_mtp_us
+        (no_mtp,) = self._of_prompts(league.no_mtp_us[None])
         self._n, self._no_mtp, self._no_mtp_squares = self._summed(np.array([np.ones(len(no_mtp)), no_mtp, no_mtp**2]))
+
+    def _of_prompts(self, times: np.ndarray) -> np.ndarray:
+        return np.array([np.bincount(self._league.positions.prompts, of) for of in times])
 
     def _summed(self, times: np.ndarray) -> np.ndarray:
         sums = np.array([np.bincount(self._cells, of, self._shape[0] * self._shape[1]) for of in times])
@@ -145,11 +152,11 @@ class _Times:
 
     def add(self, policies: Sequence[Policy], progress: Progress | None) -> None:
         """Predict more policies."""
-        no_mtp = self._league.no_mtp_us
+        (no_mtp,) = self._of_prompts(self._league.no_mtp_us[None])
         chunk = int(np.clip(_MOST_TIMES // self._league.positions.n_requests, 1, 512))
         for start in range(0, len(policies), chunk):
             some = policies[start : start + chunk]
-            times = self._league.times(some)
+            times = self._of_prompts(self._league.times(some))
             times[[p == rule("off")() for p in some]] = no_mtp
             self._sums = np.concatenate((self._sums, self._summed(times)))
             self._squares = np.concatenate((self._squares, self._summed(times**2)))
@@ -164,7 +171,7 @@ class _Times:
 
     def bounds(self, seen: np.ndarray, confidence: float) -> np.ndarray:
         """What each category's slowdown against no MTP is below, judged by the ``seen`` folds, with this confidence:
-        float64 ``[n_policies, n_categories]``; -1 without requests. Student's t is that of all the category's requests:
+        float64 ``[n_policies, n_categories]``; -1 without requests. Student's t is that of all the category's prompts:
         folds are to choose as all of them do. Of a single one (but for the mean) nothing is known.
         """
         times, squares, products = (of[:, :, seen].sum(2) for of in (self._sums, self._squares, self._products))
@@ -197,12 +204,12 @@ class _Times:
         return times / self._no_mtp.sum(1) - 1
 
 
-def _folds(categories: Sequence[str], folds: int, seed: int) -> np.ndarray:
-    """A fold for every request, each category spread evenly."""
+def _folds(positions: Positions, folds: int, seed: int) -> np.ndarray:
+    """A fold for every prompt, each category spread evenly."""
     rng = np.random.default_rng(seed)
-    fold, next_fold = np.zeros(len(categories), int), 0
-    names = np.array(categories)
-    for category in sorted(set(categories)):
+    fold, next_fold = np.zeros(positions.n_prompts, int), 0
+    names = np.array(positions.categories)[np.unique(positions.prompts, return_index=True)[1]]
+    for category in sorted(set(names)):
         members = rng.permutation(np.flatnonzero(names == category))
         fold[members] = (next_fold + np.arange(len(members))) % folds
         next_fold += len(members)

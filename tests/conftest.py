@@ -24,6 +24,10 @@ POLICIES = (
     "fallback:n_max=6,min_ratio=0.3,resume_after=8",
     "fallback:n_max=4,min_ratio=0,zero_trip=true,p_min=0.4",
     "fallback:n_max=5,min_ratio=0.9,scope=engine,resume_after=20",
+    "bucket:n_max=6,n_climb=4,n_drop=4",
+    "streaks:n_max=6,n_streak=2",
+    "heuristic:n_max=6",
+    "sglang:n_max=5,n_warmup=2,n_interval=2",
 )
 N_MAX, MAX_TOKENS = 6, 40
 

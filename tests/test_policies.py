@@ -97,11 +97,12 @@ def edited(tmp_path):
     return write
 
 
-@examples(max_examples=5)
-@given(st.sampled_from(shipped()), st.integers(0, 10**6))
-def test_shipped_policies_conform(shipped_rule, seed):
+@pytest.mark.parametrize("name", [of.name for of in shipped()])
+@examples(max_examples=2)
+@given(seed=st.integers(0, 10**6))
+def test_shipped_policies_conform(name, seed):
     """Every shipped policy passes the public conformance suite, whatever the requests."""
-    check_policy(shipped_rule, n_variants=4, seed=seed)
+    check_policy(rule(name), n_variants=4, seed=seed)
 
 
 def test_own_policy_conforms(own):
@@ -226,6 +227,55 @@ def test_by_slots_drafts_less_in_a_crowd():
     assert rule("by_slots")(n_max=2, n_crowded=8).decide(state, Now(1, 10, 99, 2))[0] == 2
 
 
+def test_a_bucket_fills_and_empties():
+    """PR 27210: full accepts add what was accepted but one, others take out what is missing; 20 above where it began the
+    draft grows, at nothing it shrinks, and begins anew; at either end the bucket stays as it is.
+    """
+    one = rule("bucket")(n_min=1, n_max=8)
+    assert asked(one, *[(1, 1)] * 20) == [1] * 20 + [2]  # +1 each
+    assert asked(one, *[(1, 1)] * 20, (2, 1), *[(2, 2)] * 21) == [1] * 20 + [2] * 22 + [3]  # -1, then +1 each
+    three = rule("bucket")()
+    assert asked(three, *[(3, 3)] * 10, *[(4, 4)] * 7) == [3] * 10 + [4] * 7 + [5]  # +2, then +3 each
+    assert asked(three, *[(3, 0)] * 50, *[(3, 3)] * 20)[-2:] == [3, 4]  # from nothing it takes all 40
+    deep = rule("bucket")(n_min=6)
+    state = asked(deep, *[(6, 6)] * 4, *[(7, 0)] * 4)
+    assert state == [6] * 4 + [7] * 4 + [6]  # 24 + 4 * 5 is full at 44; 28 - 4 * 7 is nothing
+    pinned = rule("bucket")(n_max=3)
+    assert asked(pinned, *[(3, 3)] * 99, *[(3, 0)] * 99) == [3] * 199
+    assert asked(three, (0, 0), (2, 2)) == [3, 3, 3]  # nothing tried; cut short, one is missing
+
+
+def test_streaks_take_as_many_as_asked():
+    """PR 25726: a length is changed by an unbroken row of full accepts, or of others; bias says how many may miss."""
+    three = rule("streaks")(n_max=3, n_streak=2)
+    assert asked(three, (1, 1), (1, 1), (2, 2), (2, 1), (2, 2), (2, 2)) == [1, 1, 2, 2, 2, 2, 3]
+    assert asked(three, *[(1, 1)] * 2, (2, 1), (2, 0), (1, 0), (1, 0)) == [1, 1, 2, 2, 1, 1, 1]
+    assert asked(three, *[(1, 1)] * 2, *[(2, 2)] * 2, *[(3, 3)] * 4)[-1] == 3
+    assert asked(rule("streaks")(n_min=4, n_streak=2, bias=1), (4, 3), (4, 3)) == [4, 4, 5]
+    assert asked(rule("streaks")(), *[(1, 1)] * 11) == [1] * 11 + [2]
+
+
+def test_the_heuristic_adds_two_or_takes_one():
+    """transformers: two more after all were accepted, however many that were, one less otherwise; never none."""
+    assert asked(rule("heuristic")(), (8, 8), (8, 7), (7, 0), (6, 6), (4, 4)) == [8, 8, 7, 6, 8, 8]
+    assert asked(rule("heuristic")(n_start=2), (2, 0), (1, 0), (1, 1), (0, 0)) == [2, 1, 1, 3, 3]
+
+
+def test_sglang_follows_the_mean():
+    """SGLang: after 10 verifications every fifth decides, down several lengths or up several, by the mean of what was
+    accepted; from none at all it tries one.
+    """
+    usual = rule("sglang")()
+    assert asked(usual, *[(5, 5)] * 15) == [5] * 15 + [7]
+    assert asked(usual, *[(5, 0)] * 15) == [5] * 15 + [1]  # 4 * 0.8 ** 15 = 0.14, at most 0.25
+    assert asked(usual, *[(5, 0)] * 15, *[(1, 1)] * 5) == [5] * 15 + [1] * 5 + [3]  # 0.72 is more than 0.5
+    assert asked(usual, *[(5, 3)] * 15, (0, 0)) == [5] * 17  # 3.04, more than 2.25; nothing tried is no verification
+    eight = rule("sglang")(n_max=3, n_min=0, down_hysteresis=0, n_start=3)
+    found = asked(eight, *[(3, 0)] * 15, *[(0, 0)] * 5, *[(1, 0)] * 5)
+    assert found == [3] * 15 + [0] * 5 + [1] * 5 + [0]
+    assert asked(rule("sglang")(n_start=4), (3, 3)) == [3, 3]  # 1, 3, 5 and 7 are all there are
+
+
 def test_what_llama_server_takes():
     """Policies that llama.cpp has too, in its own options; of the others it is said that it has none."""
     assert server_options(parse_one("static:n_max=8,p_min=0.425")) == [
@@ -235,7 +285,7 @@ def test_what_llama_server_takes():
     for never in ("off", "static:n_max=0"):
         assert server_options(parse_one(never)) == []
         assert server_advice(parse_one(never)) == ""
-    for own in ("fallback", "by_slots"):
+    for own in ("fallback", "by_slots", "bucket"):
         assert server_options(parse_one(own)) is None
         assert "no options" in server_advice(parse_one(own))
 
@@ -245,7 +295,8 @@ def test_default_space_holds_only_what_matters_over_so_many_slots():
     assert "by_slots" not in default_space()
     assert default_space(4)["by_slots"]["max_slots"] == "1,2"
     assert default_space(16)["by_slots"] == rule("by_slots").space
-    assert {r.name for r in shipped()} - set(default_space(2)) == {"off"}
+    others = {"bucket", "heuristic", "sglang", "streaks"}  # of other engines: searched where they are named
+    assert {r.name for r in shipped()} - set(default_space(2)) == {"off"} | others
 
 
 def test_sweeps_expand_lists_and_ranges():

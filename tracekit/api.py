@@ -66,8 +66,8 @@ class Trace:
         seed: int = 0,
     ) -> PolicyFile:
         """The best safe policy and its evidence (:func:`tracekit.tune.evidence.tune`). ``space``: as
-        ``{"static": {"n_max": "1..8/1", "p_min": [0, 0.5]}}``, or a TOML file of it; None: every shipped policy's.
-        ``folds`` None: five, or as many as there are requests.
+        ``{"static": {"n_max": "1..8/1", "p_min": [0, 0.5]}}``, or a TOML file of it; None: that of every shipped policy
+        that has one. ``folds`` None: five, or as many as there are prompts.
         """
         from tracekit.tune.evidence import tune
 

@@ -32,7 +32,7 @@ def tune(
             "--space",
             metavar="FILE",
             help="What to search: TOML, a table per policy, such as two lines: [static] and n_max = [1, 2, 4] (or a "
-            "range, n_max = '1..8/1') [default: every shipped policy's].",
+            "range, n_max = '1..8/1') [default: what `tracekit policies` tells].",
         ),
     ] = None,
     cost: Annotated[
@@ -43,7 +43,7 @@ def tune(
     folds: Annotated[
         int | None,
         typer.Option(
-            "--folds", help="Parts of the cross-validation, by request [default: 5, or as many as there are requests]."
+            "--folds", help="Parts of the cross-validation, by prompt [default: 5, or as many as there are prompts]."
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the split into folds.")] = 0,

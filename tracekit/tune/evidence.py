@@ -27,7 +27,7 @@ def tune(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> PolicyFile:
-    """The best safe policy in ``space`` (None: every shipped policy's, and between its values; where a policy has no
+    """The best safe policy in ``space`` (None: that of every shipped policy, and between its values; where a policy has no
     values, its own ``SPACE``) on the trace of ``league``, with its evidence. ``folds`` None: :func:`usual_folds`.
 
     It is ``off`` unless the speed-up on requests the choice was not made on is above 1 with its whole 95 % interval,

@@ -27,8 +27,9 @@ def tune(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> PolicyFile:
-    """The best safe policy in ``space`` (None: that of every shipped policy, and between its values; where a policy has no
-    values, its own ``SPACE``) on the trace of ``league``, with its evidence. ``folds`` None: :func:`usual_folds`.
+    """The best safe policy in ``space`` (None: that of every shipped policy, and between its values; where a policy
+    has no values, its own ``SPACE``) on the trace of ``league``, with its evidence. ``folds`` None: as many as
+    :func:`usual_folds` says.
 
     It is ``off`` unless the speed-up on requests the choice was not made on is above 1 with its whole 95 % interval,
     which on a live trace spans what is not known.

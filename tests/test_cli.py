@@ -427,6 +427,8 @@ def test_verify_compares_prediction_and_measurement(models, tuned, prompts, tmp_
     speedups = {(c["arm"], c["category"]): c["measured_speedup"] for c in verdict["categories"]}
     assert len(speedups) == 5 * 3
     assert all(speedups["no MTP", category] == 1 for category in "abc")
+    for c in verdict["categories"]:
+        assert c["measured_speedup_low"] <= c["measured_speedup"] <= c["measured_speedup_high"]
     text = tracekit("verify", *common, "--repeats", 1, "--plot", plot, "--also", "static:n_max=2,4")
     assert "ranking agreement" in text.stdout
     assert "static:n_max=4" in text.stdout

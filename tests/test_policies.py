@@ -228,8 +228,8 @@ def test_by_slots_drafts_less_in_a_crowd():
 
 
 def test_a_bucket_fills_and_empties():
-    """PR 27210: full accepts add what was accepted but one, others take out what is missing; 20 above where it began the
-    draft grows, at nothing it shrinks, and begins anew; at either end the bucket stays as it is.
+    """PR 27210: full accepts add what was accepted but one, others take out what is missing; 20 above where it began
+    the draft grows, at nothing it shrinks, and begins anew; at either end the bucket stays as it is.
     """
     one = rule("bucket")(n_min=1, n_max=8)
     assert asked(one, *[(1, 1)] * 20) == [1] * 20 + [2]  # +1 each

@@ -57,9 +57,10 @@ class Verdict:
     measured, minus 1), ``spread_ratio`` (half the range of whole repeats over their median: the measurement's own
     noise; None, as are the measured intervals, where nothing was repeated),
     ``equal_requests`` of ``n_requests`` whose steps were exactly the predicted ones, ``equal_tokens`` of them whose
-    tokens were those without MTP, both in every repeat. ``categories``: measured and predicted speed-up of every arm in
-    every prompt category. ``ranking_tau``: Kendall's tau between predicted and measured order. ``warning``: what one
-    should know before trusting the prices of the prediction; empty where there is nothing.
+    tokens were those without MTP, both in every repeat. ``categories``: measured (with ``_low`` and ``_high``) and
+    predicted speed-up of every arm in every prompt category. ``ranking_tau``: Kendall's tau between predicted and
+    measured order. ``warning``: what one should know before trusting the prices of the prediction; empty where there is
+    nothing.
     """
 
     arms: pl.DataFrame
@@ -226,7 +227,7 @@ def _judge(league: League, arms: Sequence[Arm], requests: Sequence[Request], run
     places = np.array([order[requests[r].prompt_id] for r in known])
     wanted = league.tokens[places]
     tokens = float(wanted.sum())
-    rows, shares, draws = [], [], []
+    rows, shares, draws, plain = [], [], [], {}
     for a, arm in enumerate(arms):
         times = np.array([[runs[a, r, k][1] for k in range(repeats)] for r in known], float)
         lengths = [[len(runs[a, r, k][0].tokens) + 1 - league.serving.shortest for k in range(repeats)] for r in known]
@@ -263,35 +264,40 @@ def _judge(league: League, arms: Sequence[Arm], requests: Sequence[Request], run
                 "n_requests": len(known),
             }
         )
-        shares += _by_category(arm, league, places, np.median(times, 1))
+        drawn = {category: _drawn_us(times[member[places]]) for category, member in league.members.items()}
+        plain = plain or drawn
+        shares += _by_category(arm, league, drawn, plain, repeats)
     frame = pl.DataFrame(rows, infer_schema_length=None).with_columns(
         error_ratio=pl.col("predicted") / pl.col("measured") - 1
     )
-    base = pl.DataFrame(shares).filter(pl.col("arm") == arms[0].name).select("category", base_us="measured_us")
-    categories = (
-        pl.DataFrame(shares)
-        .join(base, on="category", maintain_order="left")
-        .with_columns(measured_speedup=pl.col("base_us") / pl.col("measured_us"))
-        .drop("base_us", "measured_us")
-    )
+    categories = pl.DataFrame(shares, infer_schema_length=None)
     distinct = frame.unique("policy", keep="first", maintain_order=True)  # no MTP, tuned to be off, is no second rank
     tau = float(kendalltau(distinct["predicted"], distinct["measured"]).statistic)
     return Verdict(frame, categories, tau, repeats, int(tokens), league.warning)
 
 
-def _by_category(arm: Arm, league: League, places: np.ndarray, measured_us: np.ndarray) -> list[dict]:
-    """One row per prompt category: predicted speed-up, and the measured time of its requests, each a median."""
+def _by_category(
+    arm: Arm, league: League, drawn: dict[str, np.ndarray], plain: dict[str, np.ndarray], repeats: int
+) -> list[dict]:
+    """One row per prompt category: predicted speed-up, and measured by the times ``drawn`` in each, without MTP
+    ``plain``.
+    """
     predicted = {} if arm.policy is None else dict(league.by_category(arm.policy).select("category", "speedup").rows())
-    return [
-        {
-            "arm": arm.name,
-            "category": category,
-            "n_requests": int(member.sum()),
-            "predicted_speedup": predicted.get(category, 1.0),
-            "measured_us": float(measured_us[member[places]].sum()),
-        }
-        for category, member in league.members.items()
-    ]
+    rows = []
+    for category, member in league.members.items():
+        measured = _measured(plain[category], drawn[category], repeats)
+        rows.append(
+            {
+                "arm": arm.name,
+                "category": category,
+                "n_requests": int(member.sum()),
+                "predicted_speedup": predicted.get(category, 1.0),
+                "measured_speedup": measured.value,
+                "measured_speedup_low": measured.low,
+                "measured_speedup_high": measured.high,
+            }
+        )
+    return rows
 
 
 def _drawn_us(times: np.ndarray) -> np.ndarray:

@@ -29,10 +29,10 @@ def interval(row: dict[str, Any], name: str, digits: int) -> str:
     return f"{row[name]:.{digits}f} ({low:.{digits}f} - {high:.{digits}f})"
 
 
-def _gain(row: dict[str, Any], name: str) -> str:
+def _gain(row: dict[str, Any], name: str, digits: int = 3) -> str:
     """A speed-up; without an interval where it has none, or is no MTP against itself."""
     low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
-    return f"{row[name]:.3f}" if low is None or low == high else interval(row, name, 3)
+    return f"{row[name]:.{digits}f}" if low is None or low == high else interval(row, name, digits)
 
 
 def _cell(value: float | None, digits: int) -> str:
@@ -207,11 +207,11 @@ def verdict_table(verdict: Verdict, title: str | None = None) -> Table:
 def categories_table(verdict: Verdict) -> Table:
     """Measured speed-up against no MTP of every arm in every prompt category, the predicted one in brackets."""
     sizes = dict(verdict.categories.select("category", "n_requests").rows())
-    columns = ["measured x no MTP [predicted]", *(f"{c}, n = {n}" for c, n in sizes.items())]
+    columns = ["measured x no MTP (95 %) [predicted]", *(f"{c}, n = {n}" for c, n in sizes.items())]
     rows = [
         [
             arm,
-            *(f"{m:.2f} [{p:.2f}]" for m, p in of.select("measured_speedup", "predicted_speedup").rows()),
+            *(f"{_gain(r, 'measured_speedup', 2)} [{r['predicted_speedup']:.2f}]" for r in of.iter_rows(named=True)),
         ]
         for (arm,), of in verdict.categories.group_by("arm", maintain_order=True)
     ]

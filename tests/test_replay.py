@@ -313,6 +313,21 @@ def test_requests_that_repeat_a_prompt_tell_no_more():
     assert one["speedup_low"].is_null().all()
 
 
+def test_a_prompt_repeated_most_makes_an_interval_no_narrower():
+    """A value is as sure as leaving out each prompt in turn makes it, however often one of them is repeated."""
+    p, cost, policy = random_positions(random.Random(5), 6, 8), made_up_cost(5), rule("static")(n_max=3)
+    several = [0, 1, 2, 2, 3, 4, *[5] * 50]
+    row, *without = (
+        League(p.at([i for i in several if i != left_out]), cost).table([policy]).row(0, named=True)
+        for left_out in (None, *range(6))
+    )
+    for name in ("tokens_per_second", "speedup"):
+        value = row[name]
+        error = np.sqrt(5 / 6 * sum((of[name] / value - 1) ** 2 for of in without))
+        told = np.log([row[f"{name}_low"] / value, row[f"{name}_high"] / value])
+        assert told == pytest.approx(student.ppf(0.975, 5) * error * np.array([-1, 1]))
+
+
 def test_one_request_or_one_queue_has_no_interval():
     """Neither tells how others differ: a single request, nor requests of a policy whose state outlives each."""
     one = random_positions(random.Random(2), 1, 8)

@@ -108,10 +108,12 @@ def widened(draws: np.ndarray, centre: float, by: float) -> np.ndarray:
 
 def reach_of_ratio(parts: np.ndarray, wholes: np.ndarray) -> float:
     """How far the 95 % interval of ``sum(parts) / sum(wholes)``, two or more entries, reaches to either side, over that
-    ratio: its standard error (Cochran, *Sampling Techniques*, chapter 2) times Student's t of as many.
+    ratio: its standard error, from leaving out each entry in turn (jackknife), times Student's t of as many. Residuals
+    alone would tell too little where an entry is most of the whole: the ratio is its own then.
     """
-    n, left = len(parts), parts / parts.sum() - wholes / wholes.sum()
-    return float(stdtrit(n - 1, 0.975) * np.sqrt(n / (n - 1) * (left**2).sum()))
+    n, shares = len(parts), wholes / wholes.sum()
+    left = (parts / parts.sum() - shares) / (1 - shares)
+    return float(stdtrit(n - 1, 0.975) * np.sqrt((n - 1) / n * (left**2).sum()))
 
 
 def blocks_of(block: np.ndarray) -> tuple[np.ndarray, int]:

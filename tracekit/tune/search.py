@@ -1,8 +1,8 @@
 """Choose a policy on a trace, safely: the fastest that slows no prompt category by more than allowed, as far as the
 prompts of each can tell, judged on prompts it was not chosen on.
 
-A category's slowdown is a ratio of sums over its prompts, with the standard error of such a ratio (Cochran, *Sampling
-Techniques*, chapter 2). Safe is a policy whose slowdown stays below what is allowed with some *confidence*: among
+A category's slowdown is a ratio of sums over its prompts, with the standard error that leaving out each of them in turn
+tells (jackknife). Safe is a policy whose slowdown stays below what is allowed with some *confidence*: among
 thousands of policies that look safe, the fastest is one whose slowdown is underestimated. Student's t it is that says
 how many standard errors that takes, since few prompts hardly tell their own spread, and one not at all. Requests that
 repeat a prompt count as one: they are alike.
@@ -141,7 +141,11 @@ class _Times:
         self._cells = category * self._shape[1] + fold
         self._sums = self._squares = self._products = np.zeros((0, *self._shape))
         (no_mtp,) = self._of_prompts(league.no_mtp_us[None])
-        self._n, self._no_mtp, self._no_mtp_squares = self._summed(np.array([np.ones(len(no_mtp)), no_mtp, no_mtp**2]))
+        # residuals tell too little of a prompt that is most of its category, where the ratio is its own
+        n, whole = np.bincount(category), np.bincount(category, no_mtp)
+        own = (1 - 1 / n[category]) / np.maximum(1 - no_mtp / whole[category], 1e-9)
+        self._weights, once = own**2, np.ones(len(no_mtp))
+        self._n, self._no_mtp, self._no_mtp_squares = self._summed(np.array([once, no_mtp, self._weights * no_mtp**2]))
 
     def _of_prompts(self, times: np.ndarray) -> np.ndarray:
         return np.array([np.bincount(self._league.positions.prompts, of) for of in times])
@@ -159,8 +163,8 @@ class _Times:
             times = self._of_prompts(self._league.times(some))
             times[[p == rule("off")() for p in some]] = no_mtp
             self._sums = np.concatenate((self._sums, self._summed(times)))
-            self._squares = np.concatenate((self._squares, self._summed(times**2)))
-            self._products = np.concatenate((self._products, self._summed(times * no_mtp)))
+            self._squares = np.concatenate((self._squares, self._summed(self._weights * times**2)))
+            self._products = np.concatenate((self._products, self._summed(self._weights * times * no_mtp)))
             if progress:
                 progress(min(start + chunk, len(policies)), len(policies))
 

@@ -26,7 +26,8 @@ from tracekit.engine.gpu import GpuSensors, gpus
 from tracekit.engine.placement import Placement
 from tracekit.engine.recorder import Recorder
 from tracekit.errors import TracekitError
-from tracekit.plans import PLANS, Studied, read_plan, shipped_plans
+from tracekit.model.build import REFERENCE
+from tracekit.plans import PLANS, Plan, Studied, read_plan, shipped_plans
 from tracekit.policy import file
 from tracekit.report.stats import summarise
 from tracekit.study import Failed, Finding, Study, Teller, Workload, complete, conduct, recording
@@ -380,7 +381,7 @@ def test_shipped_plans_are_whole(name):
         (lambda text: text.replace("layers = 6", "layers = 3"), "sizes.0.layers = 3: the model has 5 already"),
         (
             lambda text: text.replace('[[studies]]\nhead = "mis', '[[studies]]\nhead = "', 1),
-            "studies: aligned is there twice",
+            "studies: aligned of tiny is there twice",
         ),
         (lambda text: text.replace('"misaligned"\nslots', '"wrong"\nslots'), "studies.1.head = wrong: input should be"),
         (lambda text: text.replace("slots = 1", "slots = 99", 1), "studies.0.slots = 99: input should be less than"),
@@ -447,6 +448,25 @@ def test_a_stage_may_be_for_some_sizes(tmp_path, monkeypatch):
     studies.insert(2, "tiny-misaligned")
     recordings = [f"{size}-{live.name}" for live in plan.live for size in ("tiny", "b")]
     assert done == [*studies, *recordings, "b-calibration"]
+
+
+def test_a_stage_is_held_against_its_own_sizes_alone(tmp_path, monkeypatch):
+    """The same study of two sizes may be two stages, and a recording has room for the prompts of the sizes it is of."""
+    shutil.copy(REFERENCE, tmp_path / "other.gguf")
+    text = (PLANS / "smoke.toml").read_text()
+    text = text.replace("[calibrate]", '[[sizes]]\nname = "b"\nwidth = 256\nlayers = 7\nsource = "other"\n[calibrate]')
+    text = text.replace('"other"', f'"{tmp_path / "other.gguf"}"').replace("[[live]]", '[[live]]\nsizes = ["tiny"]')
+    text = text.replace(
+        "[[studies]]", '[[studies]]\nsizes = ["b"]\nhead = "aligned"\n\n[[studies]]\nsizes = ["tiny"]', 1
+    )
+    path = tmp_path / "plan.toml"
+    path.write_text(text)
+    monkeypatch.setattr(Plan, "_longest", lambda _, source: 10_000 if source.stem == "other" else 10)
+    plan = read_plan(str(path))[0]
+    assert [[size.name for size in plan.sizes_of(study)] for study in plan.studies[:2]] == [["b"], ["tiny"]]
+    path.write_text(text.replace('[[live]]\nsizes = ["tiny"]', '[[live]]\nsizes = ["tiny", "b"]', 1))
+    with pytest.raises(TracekitError, match=r"live\.0\.context = .*: no room for a prompt of 10000 tokens"):
+        read_plan(str(path))
 
 
 def test_a_bad_plan_ends_a_campaign_before_it_begins(tmp_path):

@@ -2,7 +2,7 @@
 
 Every size of the reference model in the plan is built on this machine, checked for where it lies, and studied with its
 own drafter, or with one that is never right (a sidecar, so that the trunk is not written twice), on one slot or over
-several; then the cost surface is calibrated, and live traces are recorded at several slots and contexts. What is worth
+several; then live traces are recorded at several slots and contexts, and the cost surface is calibrated. What is worth
 keeping is one small folder; the models lie elsewhere and can be made again from a seed.
 """
 

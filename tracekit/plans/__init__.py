@@ -156,8 +156,12 @@ class Plan(_Strict):
         """What the engine would refuse is refused before anything runs, not at the stage that needs it, hours later."""
         if not (self.studies or self.calibrate or self.live):
             raise ValueError("nothing to do: no studies, no calibrate, no live")
-        for key in ("sizes", "studies", "live"):
-            names = [each.name for each in getattr(self, key)]
+        made = {"sizes": [size.name for size in self.sizes]}
+        for key in ("studies", "live"):
+            made[key] = [
+                f"{stage.name} of {size.name}" for stage in getattr(self, key) for size in self.sizes_of(stage)
+            ]
+        for key, names in made.items():
             if twice := [name for name in names if names.count(name) > 1]:
                 raise ValueError(f"{key}: {twice[0]} is there twice")
         for i, size in enumerate(self.sizes):
@@ -181,8 +185,10 @@ class Plan(_Strict):
         if self.calibrate:
             with _refused("calibrate."):
                 self.calibrate.settings(base)
-        longest = max(map(self._longest, {size.source for size in self.sizes}))
+        sources = [{size.source for size in self.sizes_of(live)} for live in self.live]
+        lengths = {source: self._longest(source) for source in set().union(*sources)}
         for i, live in enumerate(self.live):
+            longest = max(lengths[source] for source in sources[i])
             with _refused(f"live.{i}.slots = {live.slots}, context = {live.context}: "):
                 replace(base, n_slots=live.slots, n_ctx=live.context)
             if getattr(parse_one(live.policy).params, "n_max", 0) > self.n_max:

@@ -379,6 +379,25 @@ def test_schema_is_what_duckdb_makes_of_it(tmp_path):
     assert "UINTEGER" not in schema.TABLES  # an unsigned difference below zero is an error in SQL
 
 
+def test_no_trace_takes_more_room_than_in_blocks_of_duckdbs_own_size(tmp_path, monkeypatch):
+    """A short one takes much less, and a long one no more."""
+    shipped = open_trace(Path(__file__).parent.parent / "traces" / "reference-aligned-probe.duckdb")
+    rows_of = {table: shipped.frame(f"SELECT * FROM {table}").to_arrow() for table in ("steps", "verifications")}
+
+    def size(name: str, n: int) -> int:
+        writer = TraceWriter.create(tmp_path / f"{name}-{n}.duckdb")
+        for _ in range(n):
+            writer.append(rows_of)
+        writer.close()
+        return writer.path.stat().st_size
+
+    ours = [size("ours", n) for n in (1, 10)]
+    monkeypatch.setattr("tracekit.trace.writer.SMALL", {})
+    short, long = (size("usual", n) for n in (1, 10))
+    assert ours[0] < 0.7 * short
+    assert ours[1] < long
+
+
 @pytest.mark.parametrize("ending", ["", ".wal", ".journal"])
 def test_what_a_recording_left_is_never_overwritten(tmp_path, ending):
     """A trace, and a log or a journal whose trace was moved away, hold rows: without force they stay, and their name is

@@ -10,7 +10,8 @@ import duckdb
 from tracekit.errors import TracekitError
 from tracekit.trace.journal import files_of
 
-SMALL = {"default_block_size": "16384"}  # of a new file: a block is the least that a column of a table takes
+# of a new file: a block is the least that a column of a table takes, and in smaller ones DuckDB packs no numbers
+SMALL = {"default_block_size": "65536"}
 _ALONE = {"autoload_known_extensions": "false", "autoinstall_known_extensions": "false"}  # no other kinds of database
 _OTHER = "not a trace; --force replaces traces only, choose another name"
 

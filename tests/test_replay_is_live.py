@@ -18,6 +18,7 @@ from tracekit.replay.costs import layout
 from tracekit.replay.league import League
 from tracekit.replay.simulate import counts, rounds
 from tracekit.replay.steps import Steps
+from tracekit.report.tables import verdict_table
 from tracekit.trace.store import open_trace
 from tracekit.verify import Arm, Verdict, _judge
 
@@ -168,7 +169,7 @@ def test_steps_are_compared_in_every_repeat(probe_traces, repeat):
 
 
 def test_verdict_tells_what_its_prediction_rests_on(probe_traces, tmp_path):
-    """What one should know before trusting prices, as replay and tune say it; a file from before says nothing."""
+    """What one should know before trusting prices, and that nothing was repeated; a file from before says neither."""
     league = League.of(open_trace(probe_traces[0.0]))
     busy = League(league.positions, replace(league.cost, spread_ratio=0.4), league.trace, league.priced)
     arms = [Arm("no MTP", None), Arm("off", parse_one("off"))]
@@ -179,9 +180,15 @@ def test_verdict_tells_what_its_prediction_rests_on(probe_traces, tmp_path):
     assert "as on a busy machine" in verdict.warning
     verdict.save(path)
     assert Verdict.load(path).warning == verdict.warning
+    assert [list(verdict_table(Verdict.load(path)).columns[i].cells) for i in (3, 6)] == [
+        [f"{verdict.arms['measured'][0]:.1f} (once)"] * 2,
+        ["1.000", "1.000 (once)"],
+    ]
     content = json.loads(path.read_text())
+    content["arms"] = [{k: v for k, v in arm.items() if "speedup_" not in k} for arm in content["arms"]]
     path.write_text(json.dumps({k: v for k, v in content.items() if k != "warning"}))
     assert Verdict.load(path).warning == ""
+    assert list(verdict_table(Verdict.load(path)).columns[6].cells) == ["1.000", "1.000"]
 
 
 def test_live_trace_replays_its_own_policy_exactly(live_trace):

@@ -312,10 +312,10 @@ def _drawn_us(times: np.ndarray) -> np.ndarray:
 
 def _measured(parts: np.ndarray, wholes: np.ndarray, repeats: int) -> Interval:
     """The ratio of what was measured, first in both arrays, and its 95 % interval by the draws that follow; None where
-    nothing was repeated.
+    nothing was repeated, but for no MTP against itself.
     """
     value, *drawn = parts / wholes
-    if repeats < 2:
+    if repeats < 2 and parts is not wholes:
         return Interval(float(value), None, None)
     low, high = np.quantile(widened(np.array(drawn), value, too_narrow(repeats)), (0.025, 0.975))
     return Interval(float(value), min(float(low), float(value)), max(float(high), float(value)))

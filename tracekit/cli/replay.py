@@ -36,7 +36,7 @@ def replay(
     ratio: accepted / drafted. tau: tokens of a verification that had drafts. ampl.: rows the target decodes for each
     token. trips: times the policy stopped drafting. exact: share of steps whose outcome the trace knows; below 100 %
     the interval spans guesses of the rest. regret: time lost against an oracle that knows what will be accepted;
-    nothing reaches 0. (95 %): an interval over requests like these (Student's t) and over the fit of costs (bootstrap).
+    nothing reaches 0. (95 %): an interval over prompts like these (Student's t) and over the fit of costs (bootstrap).
     """
     from tracekit.errors import TracekitError
     from tracekit.policy.spec import parse

@@ -30,9 +30,9 @@ def interval(row: dict[str, Any], name: str, digits: int) -> str:
 
 
 def _gain(row: dict[str, Any], name: str, digits: int = 3) -> str:
-    """A speed-up; without an interval where it has none, or is no MTP against itself."""
-    low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
-    return f"{row[name]:.{digits}f}" if low is None or low == high else interval(row, name, digits)
+    """A speed-up; alone where it is no MTP against itself, or of an older file, which tells no interval."""
+    exact = f"{name}_low" not in row or row[f"{name}_low"] == row[f"{name}_high"] is not None
+    return f"{row[name]:.{digits}f}" if exact else interval(row, name, digits)
 
 
 def _cell(value: float | None, digits: int) -> str:
@@ -161,7 +161,7 @@ def evidence_table(found: PolicyFile) -> Table:
             [
                 other.policy,
                 interval(other.model_dump(), "tokens_per_second", 1),
-                _gain(other.model_dump(), "speedup"),
+                _gain(other.model_dump(exclude_none=True), "speedup"),
                 _yes(other.safe),
             ]
         )

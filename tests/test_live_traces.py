@@ -10,10 +10,12 @@ import pytest
 
 import tracekit
 from tracekit.engine import Engine
+from tracekit.errors import TracekitError
 from tracekit.policy.spec import parse, parse_one
+from tracekit.replay import kernel
 from tracekit.replay.arrays import Positions
 from tracekit.replay.league import League
-from tracekit.replay.simulate import rounds
+from tracekit.replay.simulate import counts, rounds
 from tracekit.replay.steps import Steps
 from tracekit.trace.store import open_trace
 from tracekit.tune.evidence import tune
@@ -75,6 +77,17 @@ def test_intervals_hold_the_truth(truth, recorded):
     by = live.by_category(parse_one("static:n_max=3"))
     held = truth.by_category(parse_one("static:n_max=3"))["speedup"]
     assert ((by["speedup_low"] <= held) & (held <= by["speedup_high"])).all()
+
+
+def test_a_policy_that_never_came_to_its_n_max_is_replayed(truth):
+    """A trace answers every policy that stays within its drafts, however many it might have asked for."""
+    recorded = parse_one("streaks:n_max=8,n_streak=200")  # at one draft throughout
+    seen = seen_under(recorded.label, truth.positions)
+    live = replace(seen, probs=seen.probs[:, :1])
+    assert rounds(recorded, live) == rounds(recorded, truth.positions)
+    assert counts([recorded], live)[:, :, kernel.INEXACT].sum() == 0
+    with pytest.raises(TracekitError, match="drafts of up to 1; record with --mode probe --n-max 8"):
+        counts([parse_one("static:n_max=8")], live)
 
 
 def test_an_interval_of_one_request_spans_what_is_not_known(truth):

@@ -205,6 +205,9 @@ def test_more_drafts_than_recorded_are_refused_whatever_a_policy_calls_them(tmp_
     for asked in (league.times, league.filled_counts):
         with pytest.raises(TracekitError, match=r"deep.py:most=9: asks for more drafts than the 8 .* --n-max"):
             asked([deep(most=8), deep(most=9)])
+        more = "drafts than the 8 that the trace has; record with " + ("" if probe else "--mode probe ") + "--n-max 9"
+        with pytest.raises(TracekitError, match=more):
+            asked([parse_one("streaks:n_max=9,n_min=8,n_streak=1")])
 
 
 @pytest.mark.parametrize("n_slots", [1, 3])

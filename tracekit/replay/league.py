@@ -120,9 +120,10 @@ class League:
         """
         if beyond.any():
             policy, most = policies[int(beyond.any(1).argmax())], self.positions.n_max
+            probe, as_it_asks = "" if self.positions.mode == "probe" else "--mode probe ", "as high as it asks"
             raise TracekitError(
-                f"policy {policy}: asks for more drafts than the {most} that the trace has; record with --n-max as "
-                f"high as it asks, or have it ask for {most} at most"
+                f"policy {policy}: asks for more drafts than the {most} that the trace has; record with {probe}--n-max "
+                f"{getattr(policy.params, 'n_max', as_it_asks)}, or have it ask for {most} at most"
             )
 
     def filled_counts(self, policies: Sequence[Policy]) -> list[np.ndarray]:

@@ -8,6 +8,7 @@ from types import ModuleType
 import numpy as np
 
 from tracekit.errors import TracekitError
+from tracekit.policy.interface import Now
 from tracekit.policy.rule import Policy, Rule
 from tracekit.replay import kernel, link
 from tracekit.replay.arrays import Positions
@@ -76,16 +77,26 @@ def rounds(policy: Policy, positions: Positions) -> list[list[tuple[int, int]]]:
 
 
 def check(policy: Policy, positions: Positions) -> None:
-    """Raise :class:`TracekitError` where ``policy`` drafts further than the trace recorded, and has room to: nothing is
-    known, or timed, there.
+    """Raise :class:`TracekitError` where ``policy`` begins with more drafts than the trace recorded, and has room to:
+    nothing is known, or timed, there. One that begins with fewer may never come to its ``n_max``; what it asks for
+    later counts as inexact (:mod:`tracekit.replay.kernel`).
     """
     wanted = getattr(policy.params, "n_max", 0)
-    if min(wanted, positions.most_room) > positions.n_max:
+    if min(wanted, positions.most_room) > positions.n_max and _begins(policy, positions) > positions.n_max:
         probe = "" if positions.mode == "probe" else "--mode probe "
         raise TracekitError(
             f"policy {policy}: n_max {wanted}, but the trace has drafts of up to {positions.n_max}; record "
             f"with {probe}--n-max {wanted}"
         )
+
+
+def _begins(policy: Policy, positions: Positions) -> int:
+    """Drafts that ``policy`` asks for first; its ``n_max`` where it raises."""
+    now = Now(1, int(positions.n_prompt[0]), int(positions.max_tokens[0]) - 1, 1)
+    try:
+        return policy.decide(policy.begin(), now)[0]
+    except Exception:  # whatever a user's policy may raise
+        return policy.params.n_max
 
 
 def by_rule(

@@ -273,7 +273,8 @@ def test_sglang_follows_the_mean():
     eight = rule("sglang")(n_max=3, n_min=0, down_hysteresis=0, n_start=3)
     found = asked(eight, *[(3, 0)] * 15, *[(0, 0)] * 5, *[(1, 0)] * 5)
     assert found == [3] * 15 + [0] * 5 + [1] * 5 + [0]
-    assert asked(rule("sglang")(n_start=4), (3, 3)) == [3, 3]  # 1, 3, 5 and 7 are all there are
+    begins = [asked(rule("sglang")(n_start=n, n_min=2, n_max=most))[0] for n, most in ((1, 7), (4, 7), (6, 6), (0, 0))]
+    assert begins == [3, 5, 5, 0]  # 1, 3, 5 and 7 are all there are, and none below n_min
 
 
 def test_what_llama_server_takes():

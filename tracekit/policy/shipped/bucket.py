@@ -3,8 +3,8 @@
 Source: llama.cpp PR 27210 (open; as of September 2026). A draft accepted to the end adds what was accepted, minus one
 and at least 1; any other takes out as many as were missing. A bucket that holds n_climb more than it began with makes
 drafts one longer, an empty one makes them one shorter; at a new length it begins with n_drop, or n_drop_per_draft for
-each draft where that is more. The PR's n_max is 7 or more, its n_min (--spec-draft-n-min-adaptive) 1 or more: it never
-stops drafting.
+each draft where that is more. The PR advises an n_max of 7 or more; its n_min (--spec-draft-n-min-adaptive) is 1 or
+more: it never stops drafting.
 """
 
 from typing import NamedTuple

@@ -5,7 +5,8 @@ with weight alpha for the newest. After n_warmup verifications, every n_interval
 no more than half a draft below the next shorter length (plus down_hysteresis), or else as far up as it is more than
 half a draft below the length (plus up_hysteresis). From 0, where n_min allows it, the next decision tries 1. The
 defaults are SGLang's for fewer than 8 requests at once, where it never stops drafting; for 8 to 31 they are n_max = 3,
-n_min = 0, down_hysteresis = 0. SGLang learns from the mean over a batch, this from one verification after the other.
+n_min = 0, down_hysteresis = 0 and n_start = 1. It begins with --speculative-num-steps where that is one of the lengths,
+else with the middle one. SGLang learns from the mean over a batch, this from one verification after the other.
 """
 
 from typing import NamedTuple
@@ -33,7 +34,9 @@ class State(NamedTuple):
 
 
 def begin(params):
-    n = _odd(min(max(params.n_start, params.n_min), params.n_max))
+    n = max(0, min(max(params.n_start, params.n_min), params.n_max))
+    if n > 0 and n % 2 == 0:
+        n += 1 if n < params.n_max else -1
     return State(n, n - 1.0, 0)
 
 
@@ -62,7 +65,3 @@ def learn(params, state, now, seen):
 
 def _shorter(n):
     return max(0, n - 2)
-
-
-def _odd(n):
-    return n - 1 if n > 0 and n % 2 == 0 else max(0, n)

@@ -193,7 +193,7 @@ def test_one_prompt_of_a_category_makes_nothing_safe():
 
 def test_a_policy_of_one_queue_is_not_tuned():
     """Where all requests share a state none of them tells whether the policy is safe on others."""
-    with pytest.raises(TracekitError, match=r"scope=engine all requests are one queue"):
+    with pytest.raises(TracekitError, match=r"scope=engine all requests are one queue, .* give it scope=request"):
         search(_league(3), {"fallback": {"scope": "request,engine"}})
 
 

@@ -90,7 +90,7 @@ def grid(space: Mapping[str, Mapping[str, str]], n_max: int, whole: bool = False
         if shared := next((p for p in fit if p.scope == "engine"), None):
             raise TracekitError(
                 f"policy {shared}: with scope=engine all requests are one queue, so that none of them tells whether "
-                "it is safe on others; `tracekit replay` shows what it does on these"
+                "it is safe on others; give it scope=request (`tracekit replay` shows what it does on these as it is)"
             )
         if not fit or (whole and len(fit) < len(every)):
             raise TracekitError(

@@ -127,7 +127,7 @@ def test_help_lists_every_verb():
 def test_help_explains_what_is_printed():
     """What `replay` and `stats` print is told by their help: rows, columns, and where intervals come from."""
     replayed, happened = (" ".join(tracekit(verb, "--help").stdout.split()) for verb in ("replay", "stats"))
-    assert "over requests like these (Student's t) and over the fit of costs (bootstrap)" in replayed
+    assert "over prompts like these (Student's t) and over the fit of costs (bootstrap)" in replayed
     for row in ("no MTP", "MTP idle", "K = 1", "tau", "ampl.", "catchup"):
         assert row in happened
 
@@ -356,7 +356,7 @@ def test_tune_with_a_space_of_ones_own(recorded, tmp_path):
 
 
 def test_tune_on_few_requests(recorded, models, prompts, tmp_path):
-    """Unless told how many, there are no more folds than requests, as the evidence tells; of one, more are needed."""
+    """Unless told how many, there are no more folds than prompts, as the evidence tells; of one, more are needed."""
     lines = prompts.read_text().splitlines(keepends=True)
     few, one, trace = tmp_path / "few.jsonl", tmp_path / "one.jsonl", tmp_path / "t.duckdb"
     few.write_text("".join(lines[:3]))
@@ -364,11 +364,11 @@ def test_tune_on_few_requests(recorded, models, prompts, tmp_path):
     tracekit("record", models["plain"], "--prompts", few, "-o", trace, *FAST)
     assert json.loads(tracekit("tune", trace, "--json").stdout)["folds"] == 3
     assert package.open(trace).tune(space={"static": {"n_max": 1}}).evidence.folds == 3
-    says = "--folds 5: between 2 and the number of requests in the trace, 3"
+    says = "--folds 5: between 2 and the number of prompts in the trace, 3"
     assert says in tracekit("tune", trace, "--folds", 5, code=2).stderr
     tracekit("record", models["plain"], "--prompts", one, "-o", trace, "--force", *FAST)
     said = tracekit("tune", trace, "--cost", recorded, code=2).stderr.strip()
-    assert said == "tracekit: error: a single request tells nothing of others; record more prompts"
+    assert said == "tracekit: error: a single prompt tells nothing of others; record more"
 
 
 def test_generate_applies_a_tuned_policy(models, tuned):

@@ -236,7 +236,7 @@ def _judge(league: League, arms: Sequence[Arm], requests: Sequence[Request], run
         steps = league.serving.rounds(arm.policy or rule("off")(), league.positions)
         whole = 1e6 * tokens / times.sum(0)
         draws.append(_drawn_us(times))
-        speed, speedup = (_measured(of, draws[a], repeats) for of in (np.full_like(draws[a], 1e6 * tokens), draws[0]))
+        speed, speedup = (_measured(of, draws[a], repeats) for of in (1e6 * tokens, draws[0]))
         rows.append(
             {
                 "arm": arm.name,
@@ -310,8 +310,8 @@ def _drawn_us(times: np.ndarray) -> np.ndarray:
     return np.array([np.median(times, 1).sum(), *drawn])
 
 
-def _measured(parts: np.ndarray, wholes: np.ndarray, repeats: int) -> Interval:
-    """The ratio of what was measured, first in both arrays, and its 95 % interval by the draws that follow; None where
+def _measured(parts: float | np.ndarray, wholes: np.ndarray, repeats: int) -> Interval:
+    """The ratio of what was measured, first in arrays, and its 95 % interval by the draws that follow; None where
     nothing was repeated, but for no MTP against itself.
     """
     value, *drawn = parts / wholes

@@ -8,7 +8,7 @@ into the simulator.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -51,12 +51,8 @@ class Positions:
 
     @cached_property
     def prompts(self) -> np.ndarray:
-        """Which prompt each request is of, numbered from 0: int64 ``[n_requests]``. Requests whose prompts have one id,
-        category and length are of one: they do not tell of others independently. One without an id is of its own.
-        """
-        found: dict[object, int] = {}
-        each = zip(self.prompt_ids, self.categories, self.n_prompt.tolist(), strict=True)
-        return np.array([found.setdefault(key if key[0] else r, len(found)) for r, key in enumerate(each)], np.int64)
+        """Which prompt each request is of (:func:`prompt_numbers`)."""
+        return prompt_numbers(self.prompt_ids, self.categories, self.n_prompt)
 
     @property
     def n_prompts(self) -> int:
@@ -117,6 +113,15 @@ class Positions:
         probs = np.where(self.probs < 0, kept.astype(np.float32), self.probs)
         every = np.full_like(self.known, ANY)
         return replace(self, match=match.astype(np.uint8), known=every, probs=probs, mode="probe")
+
+
+def prompt_numbers(prompt_ids: Iterable[str], categories: Iterable[str], n_prompt: Iterable[int]) -> np.ndarray:
+    """Which prompt each request is of, numbered from 0: int64 ``[n_requests]``. Requests whose prompts have one id,
+    category and length are of one: they do not tell of others independently. One without an id is of its own.
+    """
+    found: dict[object, int] = {}
+    each = enumerate(zip(prompt_ids, categories, n_prompt, strict=True))
+    return np.array([found.setdefault(key if key[0] else r, len(found)) for r, key in each], np.int64)
 
 
 def positions(trace: TraceFile, shortest: int = 2) -> Positions:

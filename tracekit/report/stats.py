@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 from scipy.stats import beta
 
+from tracekit.replay.arrays import prompt_numbers
 from tracekit.replay.robust import reach_of_ratio
 from tracekit.report.surface import as_json, is_calibration, surface, surface_notes
 from tracekit.trace.store import TraceFile
@@ -84,14 +85,16 @@ def acceptance_by_position(trace: TraceFile) -> pl.DataFrame:
     nobody knows what would have followed. The interval is over prompts: requests that repeat one are alike.
     """
     rows = trace.frame(
-        """SELECT CASE r.prompt_id WHEN '' THEN r.run || '/' || r.request
-                  ELSE concat_ws('|', '', r.prompt_id, r.category, r.n_prompt) END AS prompt,
-                  r.category, v.n_matched AS matched,
+        """SELECT r.run, r.request, r.prompt_id, r.category, r.n_prompt, v.n_matched AS matched,
                   least(CASE r.arm WHEN 'probe' THEN v.n_proposed ELSE v.n_drafted END,
                         e.n_generated - v.n_generated) AS tried  -- no end, cut off: all that is there was judged
            FROM requests r JOIN verifications v USING (run, request) LEFT JOIN request_ends e USING (run, request)
            WHERE arm IN ('probe', 'live') AND v.n_proposed > 0 ORDER BY r.run, r.request"""
     )
+    requests = rows.unique(["run", "request"], maintain_order=True)
+    numbers = prompt_numbers(*requests.select("prompt_id", "category", "n_prompt"))
+    numbered = requests.select("run", "request", prompt=pl.lit(pl.Series(numbers)))
+    rows = rows.join(numbered, on=["run", "request"], maintain_order="left")
     found = []
     groups = [("all", rows), *((k[0], g) for k, g in sorted(rows.group_by("category"), key=lambda kg: kg[0]))]
     for category, group in groups if len(groups) > 2 else groups[:1]:

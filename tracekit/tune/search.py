@@ -140,7 +140,7 @@ class _Times:
         category = np.searchsorted(categories, np.array(league.positions.categories)[first])
         self._cells = category * self._shape[1] + fold
         self._sums = self._squares = self._products = np.zeros((0, *self._shape))
-        (no_mtp,) = self._of_prompts(league.no_mtp_us[None])
+        no_mtp = self._no_mtp_us = self._of_prompts(league.no_mtp_us[None])[0]
         # residuals tell too little of a prompt that is most of its category, where the ratio is its own
         n, whole = np.bincount(category), np.bincount(category, no_mtp)
         own = (1 - 1 / n[category]) / np.maximum(1 - no_mtp / whole[category], 1e-9)
@@ -156,7 +156,7 @@ class _Times:
 
     def add(self, policies: Sequence[Policy], progress: Progress | None) -> None:
         """Predict more policies."""
-        (no_mtp,) = self._of_prompts(self._league.no_mtp_us[None])
+        no_mtp = self._no_mtp_us
         chunk = int(np.clip(_MOST_TIMES // self._league.positions.n_requests, 1, 512))
         for start in range(0, len(policies), chunk):
             some = policies[start : start + chunk]

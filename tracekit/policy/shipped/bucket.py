@@ -38,7 +38,7 @@ def learn(params, state, now, seen):
     n = state.n_draft
     missing = n - seen.n_accepted
     n_bucket = state.n_bucket + (max(1, seen.n_accepted - 1) if missing <= 0 else -missing)
-    full = max(params.n_drop, params.n_drop_per_draft * n) + params.n_climb
+    full = _at(params, n).n_bucket + params.n_climb
     if n_bucket >= full:
         return _at(params, n + 1) if n < params.n_max else State(n, full)
     if n_bucket <= 0:

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "folders": set(),
     "replay": {"errors", "folders", "trace", "policy"},
     "tune": {"errors", "words", "trace", "policy", "replay"},
-    "engine": {"errors", "trace", "policy"},
+    "engine": {"errors", "words", "trace", "policy"},
     "testing": {"errors", "policy", "replay"},
     "report": {"errors", "beside", "words", "trace", "policy", "replay", "tune", "verify"},
     "verify": {"errors", "beside", "words", "trace", "policy", "replay", "engine"},

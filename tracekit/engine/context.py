@@ -103,6 +103,7 @@ class Context:
         self.handle = lib.made(llama.llama_init_from_model, llama.llama_free, model.handle, params)
         if not self.handle:
             raise TracekitError(f"{model.path}: no context of {n_seq} x {n_ctx} tokens ({lib.reason()})")
+        self.drafts = target is not None
         self.n_snapshots = llama.llama_n_rs_seq(self.handle)
         if self.n_snapshots and min(n_batch, n_ubatch) <= self.n_snapshots + 1:  # else llama.cpp aborts the process
             llama.llama_free(self.handle)
@@ -116,7 +117,7 @@ class Context:
         self._n_embd, self.n_vocab = model.facts.n_embd, model.facts.n_vocab
         self._raw = ctypes.cast(self.handle, ctypes.c_void_p)
         self._waits = lib.has_gpu()  # processors have finished when llama_decode returns
-        self.n_begun = self.n_ended = 0  # decodes; another thread may look whether one is under way
+        self.n_begun = self.n_ended = self.n_rows = 0  # decodes, and rows of the newest, for a thread that looks on
         self._views: dict[tuple[int, int, type], np.ndarray] = {}
         self._hidden_at = self._logits_at = 0  # addresses of the two views in use
         self._best: dict[int, Callable[[], int]] = {}  # the arg-max of the row at an address
@@ -126,7 +127,7 @@ class Context:
 
     def decode(self, batch: Batch) -> None:
         """Run ``batch`` and wait for it. Raises :class:`TracekitError` where llama.cpp fails."""
-        batch.c.n_tokens = batch.n
+        batch.c.n_tokens = self.n_rows = batch.n
         self.n_begun += 1
         try:
             code = lib.decode(self._raw, batch.c)

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Sequence
 
 from tracekit.engine.context import Context
+from tracekit.words import counted
 
 LIMIT_S = 300  # many times what a decode on a GPU takes, the first included, for which CUDA may compile its kernels
 LOOKS = 30  # within that time: while a process is stopped, or the machine sleeps, nobody looks
@@ -19,7 +20,7 @@ LOOKS = 30  # within that time: while a process is stopped, or the machine sleep
 
 class Watch:
     """Looks, on a thread of its own until :meth:`close`, whether decodes of ``contexts`` come back. Where one has not
-    for :data:`LIMIT_S` seconds it says so and aborts the process, as llama.cpp does after an error of CUDA's.
+    for :data:`LIMIT_S` seconds it says which and aborts the process, as llama.cpp does after an error of CUDA's.
     """
 
     def __init__(self, contexts: Sequence[Context]):
@@ -35,9 +36,11 @@ class Watch:
             hangs = now == before and any(begun > ended for begun, ended in now)
             before, n_alike = now, n_alike + 1 if hangs else 0
             if n_alike == LOOKS:
+                late = next(context for context in self._contexts if context.n_begun > context.n_ended)
+                which = f"{counted(late.n_rows, 'row')} by the {'drafter' if late.drafts else 'target'}"
                 print(
-                    f"tracekit: error: a decode has not come back for {LIMIT_S:g} seconds: the GPU hangs; this process "
-                    "ends, and a trace that was being recorded keeps what there was",
+                    f"tracekit: error: a decode of {which} has not come back for {LIMIT_S:g} seconds: the GPU hangs; "
+                    "this process ends, and a trace that was being recorded keeps what there was",
                     file=sys.stderr,
                     flush=True,
                 )

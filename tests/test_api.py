@@ -175,7 +175,7 @@ def test_acceptance_is_drawn_with_a_legend_one_can_read(trace, tmp_path):
     chart = trace.plot_acceptance()
     rows = rows_of(chart)
     assert {row["position"] for row in rows} == set(range(1, 9))
-    assert {row["category"] for row in rows} == {"all", "code", "mixed", "prose", "random", "repetitive"}
+    assert {row["category"] for row in rows} == {"(all)", "code", "mixed", "prose", "random", "repetitive"}
     assert chart.to_dict()["layer"][0]["encoding"]["color"]["legend"]["symbolOpacity"] == 1
     assert pictures.save(chart, tmp_path / "a.svg").read_text().startswith("<svg")
 

@@ -23,6 +23,7 @@ from tracekit.cli.app import app
 from tracekit.engine import Request
 from tracekit.errors import TracekitError
 from tracekit.model.build import REFERENCE, inspect
+from tracekit.policy.file import PolicyFile
 from tracekit.policy.spec import parse_one
 from tracekit.verify import Arm, verify
 from tracekit.words import counted
@@ -388,6 +389,26 @@ def test_generate_applies_a_tuned_policy(models, tuned):
     assert facts["drafted"] > 0
 
 
+def test_generate_with_a_drafter_whatever_a_policy_file_says(models, tmp_path):
+    """The same command line serves a file that says off, as `tune` may, and one that drafts."""
+    for policy, drafts in (("off", False), ("static:n_max=2", True)):
+        path = PolicyFile(parse_one(policy)).save(tmp_path / "policy.toml")
+        options = ["--policy", path, "--draft-model", models["sidecar"], "--n-max", 4, "--max-tokens", 8, "--json"]
+        facts = json.loads(tracekit("generate", models["plain"], "import os\n", *options).stdout)
+        assert (facts["policy"], facts["drafted"] > 0) == (policy, drafts)
+
+
+def test_generate_prints_what_a_terminal_cannot_show(models):
+    """A character that standard output's encoding has not is a question mark, and no reason to end."""
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
+    options = ["--temp", 100, "--top-k", 0, "--top-p", 1, "--min-p", 0, "--max-tokens", 60]  # any bytes
+    told = tracekit("generate", models["plain"], "x", *options, env=ascii_only).stdout
+    utf8 = os.environ | {"PYTHONIOENCODING": "utf-8"}
+    whole = tracekit("generate", models["plain"], "x", *options, env=utf8, encoding="utf-8").stdout
+    assert not whole.isascii()
+    assert told == whole.encode("ascii", "replace").decode()
+
+
 def test_generate_records_when_asked(models, tmp_path):
     """--trace records what the policy did."""
     path = tmp_path / "t.duckdb"
@@ -429,7 +450,9 @@ def test_verify_compares_prediction_and_measurement(models, tuned, prompts, tmp_
     assert all(speedups["no MTP", category] == 1 for category in "abc")
     for c in verdict["categories"]:
         assert c["measured_speedup_low"] <= c["measured_speedup"] <= c["measured_speedup_high"]
-    text = tracekit("verify", *common, "--repeats", 1, "--plot", plot, "--also", "static:n_max=2,4")
+    again = ["--also", "static:n_max=2,4", "--also", "static:n_max=4"]  # once
+    text = tracekit("verify", *common, "--repeats", 1, "--plot", plot, *again)
+    assert text.stdout.count("\nstatic:n_max=4") == 2  # an arm, and its categories
     assert "ranking agreement" in text.stdout
     assert "static:n_max=4" in text.stdout
     assert "c, n = 2" in text.stdout
@@ -570,6 +593,23 @@ def test_full_disk_stops_a_verb_that_records(models, tmp_path, verb, options):
     assert 0 < counts["n"] < 10_000
 
 
+def test_full_disk_stops_verify(models, tmp_path):
+    """Probes that cannot be recorded end it at once: there is nothing to compare with."""
+    code = """if True:
+        import os, resource, sys
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, resource.RLIM_INFINITY))
+        os.execv(sys.executable, [sys.executable, "-m", "tracekit", *sys.argv[1:]])
+    """
+    options = ["--prompts", "tune", "--max-tokens", "200", "--threads", "1", "--repeats", "1"]
+    command = [sys.executable, "-c", code, "verify", str(models["plain"]), "static:n_max=2", *options]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert (result.returncode, result.stdout) == (2, "")
+    (said,) = (line for line in result.stderr.splitlines() if not line.startswith("live runs: "))
+    assert re.match(r"tracekit: error: .*probe\.duckdb: recording stopped \(.*too large", said)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("verb", "options"),
     [("record", ["--prompts", "tune"]), ("calibrate", ["--slots", "1", "--contexts", "16", "--blocks", "1000"])],
@@ -694,6 +734,7 @@ MISTAKES = [
     (["calibrate", "{model}", "-o", "x.duckdb", "--slots", "1", "--kv-unified"], "--kv-unified: a single slot"),
     (["record", "{model}", "--prompts", "{prompts}", "-o", "x.duckdb", "--top-p", "1"], "--top-p: changes nothing"),
     (["generate", "{model}", "x", "--stop", ""], "leave it out"),
+    (["generate", "{model}", "x", "--stop", "\udcff"], "holds half of a surrogate pair"),
     (["record", "{model}", "--prompts", "{prompts}", "-o", "x.duckdb", "--parallel", "9"], "needs 9 prompts"),
     (["record", "{model}", "--prompts", "{prompts}/x", "-o", "x.duckdb"], "not a text file"),
     (["verify", "{model}", "static", "--n-max", "0"], "compares drafting"),
@@ -711,6 +752,10 @@ MISTAKES = [
     (["doctor", "{prompts}"], "not a GGUF file"),
     (["demo", "-o", "d", "--resume"], "d: no demo to go on with (no plan.json); leave out --resume to begin one"),
     (["demo", "-o", "{prompts}", "--force"], "a file; choose a folder with -o"),
+    (["demo", "-o", "{study}", "--force"], "aligned.json: of no demo (there is no plan.json beside it)"),
+    (["replay", "{trace}", "--policy", "{folder}.toml"], "Is a directory"),
+    (["replay", "{trace}", "--policy", "x" * 300], "no policy 'xxx"),
+    (["replay", "{trace}", "--policy", "x" * 300 + ".py"], "File name too long"),
     (["campaign", "smoke", "-o", "c", "--threads", "-1"], "--threads -1: 0 or more"),
     (["campaign", "smoke", "-o", "c", "--gpu-layers", "-5"], "--gpu-layers -5: -1 or more"),
     (["demo", "-o", "d", "--layers", "3"], "--layers 3: the model has 5 already"),
@@ -744,10 +789,12 @@ def test_mistakes_get_one_clear_line(arguments, hint, recorded, tuned, prompts, 
     folder, cut = space.parent / "folder", space.parent / "cut.gguf"
     folder.with_suffix(".toml").mkdir()
     (picture := space.parent / "p.png").write_bytes(b"mine")
+    (study := space.parent / "study").mkdir()
+    (study / "aligned.json").write_text("mine")
     cut.write_bytes(models["plain"].read_bytes()[:900_000])
     places = {
         "trace": recorded, "tuned": tuned, "prompts": prompts, "model": models["plain"], "sidecar": models["sidecar"],
-        "space": space, "folder": folder, "cut": cut, "picture": picture,
+        "space": space, "folder": folder, "cut": cut, "picture": picture, "study": study,
     }  # fmt: skip  # what there is, then what is made here
     before = {p: p.stat().st_mtime_ns for p in (recorded, tuned, prompts)}
     result = tracekit(*(a.format(**places) for a in arguments), code=2, cwd=tmp_path)

@@ -86,7 +86,9 @@ def test_a_policy_that_never_came_to_its_n_max_is_replayed(truth):
     live = replace(seen, probs=seen.probs[:, :1])
     assert rounds(recorded, live) == rounds(recorded, truth.positions)
     assert counts([recorded], live)[:, :, kernel.INEXACT].sum() == 0
-    with pytest.raises(TracekitError, match="drafts of up to 1; record with --mode probe --n-max 8"):
+    with pytest.raises(
+        TracekitError, match="more drafts than the 1 that the trace has; record with --mode probe --n-max 8"
+    ):
         counts([parse_one("static:n_max=8")], live)
 
 

@@ -420,6 +420,25 @@ def test_policy_that_the_simulator_cannot_run_says_so(edited, decision, reason):
     assert "\n" not in str(error.value)
 
 
+def test_policy_that_looks_beside_itself_says_so_every_time(edited):
+    """The simulator's copy lies elsewhere: one line, the second time too, when a part of it had been imported."""
+    path = edited(
+        ("SPACE =", "from pathlib import Path\nTEXT = Path(__file__).with_name('t.txt').read_text()\nSPACE =")
+    )
+    path.with_name("t.txt").write_text("3")
+    for _ in range(2):
+        with pytest.raises(TracekitError, match="joined with the simulator, in another folder, it raises FileNotFound"):
+            link.interpreted(rule(path))
+
+
+def test_own_policy_may_be_called_off(edited):
+    """What never drafts is the shipped `off`, and not whatever has its name."""
+    path = edited()
+    path = path.rename(path.with_name("off.py"))
+    assert not rule(path)().is_off
+    assert rule("off")().is_off
+
+
 def test_policy_file_round_trip(tmp_path, own):
     """A policy file names the same policy again, shipped or a user's own, wherever it is read from."""
     for policy in (rule("fallback")(n_max=3, resume_after=5), rule(own)(n_max=4)):

@@ -66,7 +66,7 @@ def _full(*_):
 
 
 def test_force_replaces_a_trace_only_when_there_is_something_to_replace_it(models, settings, tmp_path, monkeypatch):
-    """The old trace stays where nothing is served, or the new one cannot be made; it goes with the first rows."""
+    """The old trace stays where nothing is served, or the new one cannot be made; it goes with the first steps."""
     path = tmp_path / "t.duckdb"
     with Engine(models["plain"], settings=settings, trace=path) as engine:
         engine.generate("import", max_tokens=8)
@@ -85,6 +85,11 @@ def test_force_replaces_a_trace_only_when_there_is_something_to_replace_it(model
         with Engine(models["plain"], **forced) as engine:
             engine.generate("class", max_tokens=9)
     assert (engine.recorder, list(tmp_path.iterdir()), path.read_bytes()) == (None, [path], old)
+    with Engine(models["plain"], **forced) as engine:
+        engine.submit(Request("import", max_tokens=8))
+        engine.recorder._flush()  # a request that waits is not yet anything
+        assert path.with_stem("t-replaced").read_bytes() == old
+    assert (list(tmp_path.iterdir()), path.read_bytes()) == ([path], old)
     with Engine(models["plain"], **forced) as engine:
         engine.generate("class", max_tokens=9)
     assert list(tmp_path.iterdir()) == [path]

@@ -145,6 +145,29 @@ def test_forgotten_engine_finishes_its_trace(models, settings, tmp_path):
     assert open_trace(path).frame("SELECT stop FROM request_ends")["stop"].to_list() == ["cancelled"]
 
 
+def test_engine_forgotten_while_its_trace_is_written(models, settings, tmp_path):
+    """Collected on the very thread that writes its trace, amid that: the trace is whole all the same."""
+    path = tmp_path / "t.duckdb"
+    engine = Engine(models["plain"], settings=settings, trace=path)
+    engine.itself = engine  # so that the collector finds it, whoever calls that
+    recorder, n_found = engine.recorder, []
+    recorder._sensors = lambda *_: n_found.append(gc.collect()) or []
+    gc.disable()
+    try:
+        engine.generate("import os\n", max_tokens=8)
+        del engine
+        recorder._thread.join(timeout=20)
+    finally:
+        gc.enable()
+    for thread in threading.enumerate():
+        if thread.name == "tracekit-recorder-end":
+            thread.join(timeout=20)
+    assert n_found
+    assert [p.name for p in tmp_path.iterdir()] == ["t.duckdb"]
+    assert open_trace(path).runs["wall_us"].is_not_null().all()
+    assert open_trace(path).frame("SELECT n_generated FROM request_ends")["n_generated"].to_list() == [8]
+
+
 def test_finished_slot_leaves_the_memory(two):
     """A slot's tokens are out of both memories when its request ends, however: attention reads what lies there."""
     from tracekit.engine.lib import llama
@@ -219,6 +242,8 @@ def test_one_stop_string_needs_no_tuple(engine):
     done = [engine.generate("def f(x):\n", max_tokens=40, stop=stop) for stop in ("ret", ("ret",), ["ret"])]
     assert done[0].text == done[1].text == done[2].text
     assert done[0].request.stop == ("ret",)
+    with pytest.raises(TracekitError, match="stop None: a string, or several"):
+        Request("x", stop=None)
 
 
 def test_policies_are_taken_in_every_form(engine, tmp_path):

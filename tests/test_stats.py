@@ -11,7 +11,7 @@ import pytest
 
 from tracekit.engine import Engine, Probe
 from tracekit.engine.record import record
-from tracekit.report.stats import acceptance_by_position, summarise
+from tracekit.report.stats import TOTAL, acceptance_by_position, summarise
 from tracekit.trace.store import TraceFile, open_trace
 
 from .conftest import N_MAX, requests
@@ -42,7 +42,7 @@ def test_no_draft_beyond_the_end_of_a_text_counts(stopped):
             for k in range(1, min(len(drafts), len(following)) + 1):
                 n[k] += 1
                 right[k] += drafts[:k] == following[:k]
-    told = acceptance_by_position(stopped).filter(pl.col("category") == "all")
+    told = acceptance_by_position(stopped).filter(pl.col("category") == TOTAL)
     assert told["n"].to_list() == n[1:]
     assert told["ratio"].to_list() == pytest.approx([r / of for r, of in zip(right[1:], n[1:], strict=True)])
 

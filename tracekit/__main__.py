@@ -57,6 +57,8 @@ def _hold_streams() -> None:
     if sys.stdout is None:
         print("tracekit: error: standard output is closed; send it to a file, or to /dev/null", file=sys.stderr)
         sys.exit(2)
+    if hasattr(sys.stdout, "reconfigure"):  # not a notebook's
+        sys.stdout.reconfigure(errors="replace")  # a model writes what it likes, and not every terminal has it
 
 
 def _asked_to_end() -> int:

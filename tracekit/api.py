@@ -17,7 +17,7 @@ from tracekit.replay.league import League
 from tracekit.report import pictures
 from tracekit.report.query import query as ask
 from tracekit.report.stats import Summary, acceptance_by_position, summarise
-from tracekit.report.surface import is_calibration, surface, surface_chart
+from tracekit.report.surface import surface, surface_chart
 from tracekit.trace.store import TraceFile, open_trace
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Trace:
 
     def plot_cost(self) -> alt.Chart | alt.HConcatChart:
         """What a decode costs, by batch width and rows caught up; of a calibration, its cost surface."""
-        if is_calibration(self.file):
+        if self.file.is_calibration:
             return surface_chart(surface(self.file))
         return pictures.cost_chart(self.league.cost)
 

@@ -87,9 +87,13 @@ def _open(folder: Path, plan: Plan, force: bool, resume: bool) -> None:
             raise TracekitError(f"{folder}: not of a demo with these options; give those it began with, or --force")
         return
     folder.mkdir(parents=True, exist_ok=True)
+    models = [folder / f"{name}.gguf" for name in HEADS]
+    ours = [*models, *(file for name in HEADS for file in paths_of(folder, name))]
+    if not path.is_file() and (foreign := next((file for file in ours if file.exists()), None)):
+        raise TracekitError(f"{foreign}: of no demo (there is no plan.json beside it); choose another folder with -o")
     remove(folder, HEADS)
-    for name in HEADS:
-        (folder / f"{name}.gguf").unlink(missing_ok=True)
+    for model in models:
+        model.unlink(missing_ok=True)
     path.write_text(_text(plan))
 
 

@@ -10,5 +10,6 @@ def cache_folder(purpose: str) -> Path:
     """The folder for ``purpose`` (``kernels``: compiled policies; ``models``: expanded ones): in ``TRACEKIT_CACHE``, or
     in the user's cache folder. It may not exist yet.
     """
-    users = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("TRACEKIT_CACHE") or Path(users) / "tracekit") / purpose
+    if ours := os.environ.get("TRACEKIT_CACHE"):
+        return Path(ours) / purpose
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tracekit" / purpose

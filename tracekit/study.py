@@ -72,7 +72,9 @@ class Workload:
             raise TracekitError(f"--max-tokens {self.max_tokens}: fewer than the {settings.n_ctx} of a slot's context")
 
     def requests(self, name: str) -> list[Request]:
-        """The requests of the shipped prompt set ``name``, ``tune`` or ``heldout``; request ``i`` has seed ``i``."""
+        """The requests of the shipped prompt set ``name``, ``tune`` or ``heldout``, as :func:`as_requests` makes
+        them.
+        """
         most = self.prompts if name == "tune" else (self.prompts + 1) // 2
         kept: dict[str, list[Prompt]] = defaultdict(list)
         for prompt in load(name):

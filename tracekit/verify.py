@@ -32,6 +32,7 @@ from tracekit.trace.store import TraceFile, open_trace
 from tracekit.words import counted
 
 Progress = Callable[[int, int], None]
+_SAME = Interval(1.0, 1.0, 1.0)  # no MTP against itself
 Runs = dict[tuple[int, int, int], tuple[Completion, float]]  # by arm, request and repeat; the time in microseconds
 
 
@@ -180,6 +181,8 @@ def verify(
     with tempfile.TemporaryDirectory(prefix="tracekit-") as folder:
         path, probe = Path(folder) / "probe.duckdb", Probe(settings.n_max, seed)
         with Engine(model, None, settings, draft_model, trace=path, probe=probe) as engine:
+            recorder = engine.recorder
+            update = recorder.demanding(progress or (lambda done, total: None))
             for request in requests:
                 engine.prepare(request)
             wave = wave_of(n_slots)
@@ -187,13 +190,13 @@ def verify(
                 chosen = range(start, min(start + wave, n))
                 for repeat in range(repeats):
                     if repeat == repeats // 2:  # in the middle, for the machine drifts
-                        record(engine, [requests[r] for r in chosen], baseline=True, turn=start // wave)
+                        record(engine, [requests[r] for r in chosen], baseline=times is None, turn=start // wave)
                     for a in rng.sample(range(len(arms)), len(arms)):
                         done = _run(engine, [requests[r] for r in chosen], arms[a].policy, states[a, repeat])
                         times_us = [done[0].speculated_us] if n_slots == 1 else _shares_us(done)
                         runs |= {(a, r, repeat): run for r, *run in zip(chosen, done, times_us, strict=True)}
-                        if progress:
-                            progress(len(runs), repeats * n * len(arms))
+                        update(len(runs), repeats * n * len(arms))
+        recorder.demand()
         try:
             league = League.of(open_trace(path), times, n_slots, [r.prompt_id for r in requests], wave)
         except TracekitError as error:
@@ -227,7 +230,7 @@ def _judge(league: League, arms: Sequence[Arm], requests: Sequence[Request], run
     places = np.array([order[requests[r].prompt_id] for r in known])
     wanted = league.tokens[places]
     tokens = float(wanted.sum())
-    rows, shares, draws, plain = [], [], [], {}
+    rows, shares, draws, plain = [], [], [], None
     for a, arm in enumerate(arms):
         times = np.array([[runs[a, r, k][1] for k in range(repeats)] for r in known], float)
         lengths = [[len(runs[a, r, k][0].tokens) + 1 - league.serving.shortest for k in range(repeats)] for r in known]
@@ -236,23 +239,16 @@ def _judge(league: League, arms: Sequence[Arm], requests: Sequence[Request], run
         steps = league.serving.rounds(arm.policy or rule("off")(), league.positions)
         whole = 1e6 * tokens / times.sum(0)
         draws.append(_drawn_us(times))
-        speed, speedup = (_measured(of, draws[a], repeats) for of in (1e6 * tokens, draws[0]))
+        speed = _measured(1e6 * tokens, draws[a], repeats)
+        speedup = _measured(draws[0], draws[a], repeats) if a else _SAME
         rows.append(
             {
                 "arm": arm.name,
                 "policy": arm.label,
-                "predicted": predicted.value,
-                "predicted_low": predicted.low,
-                "predicted_high": predicted.high,
-                "predicted_speedup": gain.value,
-                "predicted_speedup_low": gain.low,
-                "predicted_speedup_high": gain.high,
-                "measured": speed.value,
-                "measured_low": speed.low,
-                "measured_high": speed.high,
-                "measured_speedup": speedup.value,
-                "measured_speedup_low": speedup.low,
-                "measured_speedup_high": speedup.high,
+                **predicted.columns("predicted"),
+                **gain.columns("predicted_speedup"),
+                **speed.columns("measured"),
+                **speedup.columns("measured_speedup"),
                 "spread_ratio": float((whole.max() - whole.min()) / 2 / np.median(whole)) if repeats > 1 else None,
                 "equal_requests": sum(
                     all(runs[a, r, k][0].rounds == steps[order[requests[r].prompt_id]] for k in range(repeats))
@@ -265,8 +261,8 @@ def _judge(league: League, arms: Sequence[Arm], requests: Sequence[Request], run
             }
         )
         drawn = {category: _drawn_us(times[member[places]]) for category, member in league.members.items()}
-        plain = plain or drawn
         shares += _by_category(arm, league, drawn, plain, repeats)
+        plain = plain or drawn
     frame = pl.DataFrame(rows, infer_schema_length=None).with_columns(
         error_ratio=pl.col("predicted") / pl.col("measured") - 1
     )
@@ -277,24 +273,22 @@ def _judge(league: League, arms: Sequence[Arm], requests: Sequence[Request], run
 
 
 def _by_category(
-    arm: Arm, league: League, drawn: dict[str, np.ndarray], plain: dict[str, np.ndarray], repeats: int
+    arm: Arm, league: League, drawn: dict[str, np.ndarray], plain: dict[str, np.ndarray] | None, repeats: int
 ) -> list[dict]:
     """One row per prompt category: predicted speed-up, and measured by the times ``drawn`` in each, without MTP
-    ``plain``.
+    ``plain`` (None: these are).
     """
     predicted = {} if arm.policy is None else dict(league.by_category(arm.policy).select("category", "speedup").rows())
     rows = []
     for category, member in league.members.items():
-        measured = _measured(plain[category], drawn[category], repeats)
+        measured = _measured(plain[category], drawn[category], repeats) if plain else _SAME
         rows.append(
             {
                 "arm": arm.name,
                 "category": category,
                 "n_requests": int(member.sum()),
                 "predicted_speedup": predicted.get(category, 1.0),
-                "measured_speedup": measured.value,
-                "measured_speedup_low": measured.low,
-                "measured_speedup_high": measured.high,
+                **measured.columns("measured_speedup"),
             }
         )
     return rows
@@ -302,20 +296,22 @@ def _by_category(
 
 def _drawn_us(times: np.ndarray) -> np.ndarray:
     """Time of all requests, each its median over the repeats, then with repeats drawn again for every request, the same
-    ones of every arm: float64 ``[1 + 400]``, microseconds; ``times`` float64 ``[n_requests, n_repeats]``.
+    ones of every arm: float64 ``[1 + 400]``, ``[1]`` of a single repeat, microseconds; ``times`` float64
+    ``[n_requests, n_repeats]``.
     """
     rng = np.random.default_rng(0)
     n, k = times.shape
-    drawn = [np.median(times[np.arange(n)[:, None], rng.integers(0, k, (n, k))], 1).sum() for _ in range(400)]
+    draws = range(400 if k > 1 else 0)
+    drawn = [np.median(times[np.arange(n)[:, None], rng.integers(0, k, (n, k))], 1).sum() for _ in draws]
     return np.array([np.median(times, 1).sum(), *drawn])
 
 
 def _measured(parts: float | np.ndarray, wholes: np.ndarray, repeats: int) -> Interval:
     """The ratio of what was measured, first in arrays, and its 95 % interval by the draws that follow; None where
-    nothing was repeated, but for no MTP against itself.
+    nothing was repeated.
     """
     value, *drawn = parts / wholes
-    if repeats < 2 and parts is not wholes:
+    if repeats < 2:
         return Interval(float(value), None, None)
     low, high = np.quantile(widened(np.array(drawn), value, too_narrow(repeats)), (0.025, 0.975))
     return Interval(float(value), min(float(low), float(value)), max(float(high), float(value)))

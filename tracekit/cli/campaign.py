@@ -56,6 +56,7 @@ def campaign(
         under_way.open(text, force)
     except OSError as error:
         raise TracekitError(f"{error.filename}: {error.strerror}; choose other folders with -o and --models") from None
+    out.say(wanted.about)
     findings, paused, failed = [], False, None
     try:
         for finding in under_way.run():

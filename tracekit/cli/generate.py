@@ -44,8 +44,8 @@ def generate(
 
     from tracekit.engine import Engine
 
-    mtp = chosen.name != "off"
-    if not mtp:
+    mtp = not chosen.is_off
+    if not mtp and not policy.endswith(".toml"):  # what a file says may change; the command line stays
         _refuse_options_of_drafts(engine_options, recorded=trace is not None)
     if n_max is None:
         engine_options = replace(engine_options, n_max=options.EngineOptions.n_max)

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")]
 ModelFile = Annotated[Path, typer.Argument(metavar="MODEL", help="A GGUF file with NextN (MTP) layers.")]
-TraceArgument = Annotated[Path, typer.Argument(metavar="TRACE", help="A trace: the DuckDB file that `record` wrote.")]
+TraceArgument = Annotated[
+    Path,
+    typer.Argument(metavar="TRACE", help="A trace: what `record`, `calibrate`, `merge` or an engine wrote (DuckDB)."),
+]
 PromptsFile = Annotated[
     str,
     typer.Option("--prompts", metavar="FILE", help="JSON lines of prompts, or a shipped set (tune, heldout, mixed)."),

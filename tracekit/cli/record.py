@@ -80,7 +80,6 @@ def record(
         "requests": len(done),
         "tokens": sum(len(c.tokens) for c in done),
         "bytes": output.stat().st_size,
-        "complete": True,
         "ended_at_context": sum(c.stop == "context" for c in done),
     }
     if json:

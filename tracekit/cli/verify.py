@@ -22,7 +22,7 @@ def verify(
         typer.Option(
             "--cost",
             metavar="TRACE",
-            help="Take the times from another trace, or a calibration, instead of a probe of the prompts.",
+            help="Take the times from another trace, or a calibration, and not from probes of the prompts.",
         ),
     ] = None,
     also: Annotated[
@@ -62,7 +62,7 @@ def verify(
         raise TracekitError(f"--n-max {engine_options.n_max}: 1 or more; verify compares drafting")
     text = str(policy_file)
     tuned = read(text)
-    others = [p for text in also or [] for p in spec.parse(text)]
+    others = dict.fromkeys(p for text in also or [] for p in spec.parse(text))  # each once, in order
     loaded = load(prompts)
     times = open_trace(cost) if cost else None
 

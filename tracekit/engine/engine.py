@@ -102,7 +102,7 @@ class Engine:
 
     def _check(self, policy: Policy) -> None:
         self.settings.check(policy)
-        if self._drafter is None and policy.name != "off":
+        if self._drafter is None and not policy.is_off:
             raise TracekitError(f"policy {policy} drafts, but the engine was started without MTP")
 
     def __repr__(self) -> str:

@@ -53,14 +53,15 @@ def record(
 ) -> list[Completion]:
     """Serve ``requests`` in an engine that records; returns their completions, in order.
 
-    ``baseline`` adds the arms without MTP, idle, and with a fixed draft length (1, 2, 4, ... taking turns, from the
-    ``turn``-th on), of at most 48 tokens each. ``progress(done, total)`` counts tokens.
+    ``baseline`` adds the arms without MTP, with MTP off where the target takes snapshots, idle, and with a fixed draft
+    length (1, 2, 4, ... taking turns, from the ``turn``-th on), of at most 48 tokens each. ``progress(done, total)``
+    counts tokens as many as requests may have.
     """
     n_max, wave = engine.settings.n_max, wave_of(engine.settings.n_slots)
     lengths = [1 << i for i in range(n_max.bit_length())] or [0]
     short = [replace(r, max_tokens=min(r.max_tokens, BASELINE_TOKENS), arm="calibration") for r in requests]
     arms_beside = 3 + engine.snapshots if baseline else 0
-    per_prompt = sum(r.max_tokens for r in requests) + arms_beside * sum(r.max_tokens for r in short)
+    total = sum(r.max_tokens for r in requests) + arms_beside * sum(r.max_tokens for r in short)
     for request in requests:
         engine.prepare(request)  # a prompt that cannot be served is refused before anything is recorded
     if baseline:
@@ -92,5 +93,5 @@ def record(
                 if arm == "main":
                     finished[completion.request.prompt_id] = completion
                 if progress:
-                    progress(done, per_prompt)
+                    progress(done, total)
     return [finished[r.prompt_id] for r in requests]

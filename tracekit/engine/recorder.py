@@ -34,7 +34,7 @@ class Recorder:
     """Writes one run into a new trace file; an :class:`~tracekit.engine.loop.Observer`.
 
     Raises :class:`~tracekit.errors.TracekitError` where the file exists and ``force`` is false; with it, what was there
-    goes when the first rows are written, and comes back where there are none. ``interval_s``: seconds between entries
+    goes when the first steps are written, and comes back where there are none. ``interval_s``: seconds between entries
     in the journal. ``sensors(run, t_us)`` is asked before each what the GPUs are doing.
     ``journal_bytes``: the journal's size at which it is folded into the trace.
     """
@@ -95,8 +95,8 @@ class Recorder:
             self._left_out = True
             log.error("recording into %s leaves out what no trace can hold (%s)", self.path, unfit[0])
         self._journal.append(entry)
-        self._nothing = False
-        if self._replaced is not None:
+        self._nothing = self._nothing and not entry.steps  # a request alone replaces nothing
+        if self._replaced is not None and entry.steps:
             self._replaced.remove()
             self._replaced = None
         if self._journal.n_bytes > self._journal_bytes:
@@ -129,13 +129,16 @@ class Recorder:
         """Write the rest and close the file; the counts are a probe's (see the table ``run_ends``). A run that was
         ``cut_off`` has no end.
 
-        A recording in which nothing ever happened leaves no file behind, and one that should replace a trace and could
+        A recording without a step leaves no file behind, and one that should replace a trace and could
         write nothing leaves that. Another that failed leaves its journal, to be folded when the trace is opened. In a
         forked process nothing happens: the file is its parent's.
         """
         if os.getpid() != self._process:
             return
         self._stop.set()
+        if threading.current_thread() is self._thread:  # an engine that was forgotten, collected amid writing
+            threading.Thread(target=self.close, args=(n_checked, n_diverged), name="tracekit-recorder-end").start()
+            return
         self._thread.join()
         self._attempt(self._flush)
         if self._nothing and (self._replaced is not None or not self.failed):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +34,8 @@ class Request:
     ignore_eos: bool = False
 
     def __post_init__(self):
+        if not isinstance(self.stop, str | Iterable):
+            raise TracekitError(f"stop {self.stop!r}: a string, or several")
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         if self.policy is not None:
             object.__setattr__(self, "policy", policy_of(self.policy))
@@ -44,9 +47,11 @@ class Request:
                 raise TracekitError(f"{name} {getattr(self, name)!r}: {kind.__name__} is wanted")
         if not isinstance(self.max_tokens, int) or not 1 <= self.max_tokens <= MOST_TOKENS:
             raise TracekitError(f"--max-tokens {self.max_tokens}: a whole number from 1 to {MOST_TOKENS}")
-        bad = next((s for s in self.stop if not isinstance(s, str) or not s), None)
-        if bad is not None:
-            raise TracekitError(f"stop {bad!r}: a string of one character or more")
+        for text in self.stop:
+            if not isinstance(text, str) or not text:
+                raise TracekitError(f"stop {text!r}: a string of one character or more")
+            if any("\ud800" <= c <= "\udfff" for c in text):
+                raise TracekitError(f"stop {text!r}: holds half of a surrogate pair, which is no text")
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,8 @@ def read(path: str | Path) -> PolicyFile:
         raise TracekitError(f"{path}: no such policy file; `tracekit tune` writes one") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise TracekitError(f"{path}: not TOML ({error})") from None
+    except OSError as error:
+        raise TracekitError(f"{path}: {error.strerror}") from None
     unknown = [k for k in content if k not in ("policy", "evidence")]
     if unknown or "policy" not in content:
         raise TracekitError(

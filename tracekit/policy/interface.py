@@ -5,7 +5,8 @@ A policy is a Python file with five names::
     class Params(NamedTuple): ...          # its parameters: int, float or bool, each with a default
     class State(NamedTuple): ...           # what it remembers: int, float or bool, as declared
     def begin(params): ...                 # -> State, when a request starts (or the engine, see scope)
-    def decide(params, state, now): ...    # -> (n_draft, p_min), before each verification; n_draft may be NEVER
+    def decide(params, state, now): ...    # -> (n_draft, p_min), before each verification, and once
+                                           # before the prompt is read; n_draft may be NEVER
     def learn(params, state, now, seen):   # -> State, after it
 
 All three functions are pure. The engine calls them as they are; the simulator compiles the same source with Numba,
@@ -28,7 +29,8 @@ class Now(NamedTuple):
     """What the engine knew before a verification.
 
     ``n_generated``: tokens emitted so far in this request (1 or more). ``n_past``: tokens in the target's memory.
-    ``n_remaining``: tokens the request may still emit. ``n_active``: slots generating in this step.
+    ``n_remaining``: tokens the request may still emit. ``n_active``: slots generating in this step; 1
+    where a policy is asked before the prompt is read whether it drafts right after it.
     """
 
     n_generated: int

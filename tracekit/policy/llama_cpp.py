@@ -10,7 +10,7 @@ def server_options(policy: Policy) -> list[str] | None:
 
     Source: llama.cpp, common/arg.cpp; ``benchmarks/llama_server.py`` compares the two.
     """
-    if policy.rule == rule("off"):
+    if policy.is_off:
         return []
     if policy.rule != rule("static"):
         return None

@@ -87,6 +87,11 @@ class Policy:
         return self.rule.name
 
     @property
+    def is_off(self) -> bool:
+        """Whether it is the shipped ``off``: it never drafts, and needs no MTP."""
+        return self.rule.path == SHIPPED / "off.py"
+
+    @property
     def scope(self) -> str:
         """How long the policy's state lives: ``request`` or ``engine``."""
         return getattr(self.params, "scope", "request")
@@ -179,29 +184,29 @@ def convert(policy: str, key: str, kind: Any, value: Any) -> Any:
 
 def shipped() -> list[Rule]:
     """Every policy that comes with tracekit, ``off`` and ``static`` first."""
-    names = sorted(
-        (p.stem for p in SHIPPED.glob("*.py") if p.stem != "__init__"), key=lambda n: (n not in ("off", "static"), n)
-    )
-    return [rule(name) for name in names]
+    return [rule(name) for name in sorted(_names(), key=lambda n: (n not in ("off", "static"), n))]
+
+
+def _names() -> list[str]:
+    return sorted(path.stem for path in SHIPPED.glob("*.py") if path.stem != "__init__")
 
 
 def rule(name_or_path: str | Path) -> Rule:
     """The policy called ``name_or_path``, or in that Python file. Raises :class:`TracekitError`."""
     text = str(name_or_path)
     if not text.endswith(".py"):
-        path = SHIPPED / f"{text}.py"
-        if not path.is_file() or text == "__init__":
-            known = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.py") if p.stem != "__init__"))
+        if text not in (known := _names()):
             raise TracekitError(
-                f"no policy {text!r}; shipped: {known}; or give a Python file (./mine.py) or a policy file "
+                f"no policy {text!r}; shipped: {', '.join(known)}; or give a Python file (./mine.py) or a policy file "
                 "(policy.toml)"
             )
+        path = SHIPPED / f"{text}.py"
         return _load(path, text, path.read_text("utf-8"))
     path = Path(text)
-    if not path.is_file():
-        raise TracekitError(f"{text}: no such policy file")
     try:
         source = path.read_text("utf-8")
+    except FileNotFoundError:
+        raise TracekitError(f"{text}: no such policy file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise TracekitError(f"{text}: cannot be read as UTF-8 text ({error})") from None
     return _load(path.resolve(), path.stem, source)

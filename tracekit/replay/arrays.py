@@ -137,7 +137,7 @@ def positions(trace: TraceFile, shortest: int = 2) -> Positions:
             WHERE arm IN {arms} GROUP BY ALL ORDER BY run, request"""
     )
     requests = every.filter(pl.col("n_generated") >= shortest)
-    if requests.is_empty() and (trace.runs["mode"] == "calibration").all():
+    if requests.is_empty() and trace.is_calibration:
         raise TracekitError(
             f"{trace.path}: a calibration, which knows costs and no acceptance; give a recorded trace, and this one "
             "as its --cost"

@@ -9,9 +9,8 @@ from functools import cached_property
 import numpy as np
 import polars as pl
 
-from tracekit.errors import TracekitError
 from tracekit.policy.rule import Policy, rule
-from tracekit.replay import kernel
+from tracekit.replay import kernel, simulate
 from tracekit.replay.arrays import Positions
 from tracekit.replay.arrays import positions as positions_of
 from tracekit.replay.clairvoyant import clairvoyant_us
@@ -35,6 +34,11 @@ class Interval:
     value: float
     low: float | None
     high: float | None
+
+    def columns(self, name: str, digits: int | None = None) -> dict[str, float | None]:
+        """``name``, ``name_low`` and ``name_high``, rounded to ``digits`` where they are given."""
+        found = {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
+        return found if digits is None else {k: None if v is None else round(v, digits) for k, v in found.items()}
 
     def around(self, others: Sequence[Interval], alone: bool = False) -> Interval:
         """The same value, in an interval that holds the ``others`` too; ``alone``: it has none of its own."""
@@ -119,12 +123,7 @@ class League:
         what was recorded: a probe knows everything up to there.
         """
         if beyond.any():
-            policy, most = policies[int(beyond.any(1).argmax())], self.positions.n_max
-            probe, as_it_asks = "" if self.positions.mode == "probe" else "--mode probe ", "as high as it asks"
-            raise TracekitError(
-                f"policy {policy}: asks for more drafts than the {most} that the trace has; record with {probe}--n-max "
-                f"{getattr(policy.params, 'n_max', as_it_asks)}, or have it ask for {most} at most"
-            )
+            raise simulate.beyond(policies[int(beyond.any(1).argmax())], self.positions)
 
     def filled_counts(self, policies: Sequence[Policy]) -> list[np.ndarray]:
         """:meth:`counts` in each of the positions' fills."""
@@ -181,9 +180,9 @@ class League:
 
         ``speedup`` is against no MTP. A single prompt tells nothing of others, nor do requests of a policy whose state
         outlives one: all together are one then, and an interval is of what is not known. ``exact_fraction``: share of
-        steps whose outcome the trace determines; where it is below 1 the interval spans what lies between no and every
-        unknown draft being right. ``regret``: time lost against the clairvoyant optimum, over its time; None with
-        several slots.
+        steps whose outcome the trace determines; where it is below 1 the interval spans the guesses of what is not
+        known (:meth:`tracekit.replay.arrays.Positions.guess`). ``regret``: time lost against the clairvoyant optimum,
+        over its time; None with several slots.
         """
         rows, chunk = [], max(1, _MOST_BYTES // self.no_mtp_counts.nbytes)
         for start in range(0, len(policies), chunk):
@@ -200,7 +199,8 @@ class League:
         tokens = self.tokens.sum()
         return {
             "policy": policy.label,
-            **_columns(speed, gain),
+            **speed.columns("tokens_per_second"),
+            **gain.columns("speedup"),
             "verifications": verifications,
             "drafted": drafted,
             "accepted": accepted,
@@ -245,7 +245,8 @@ class League:
                     "category": category,
                     "n_requests": int(member.sum()),
                     "n_prompts": len(np.unique(self.positions.prompts[member])),
-                    **_columns(speed, gain),
+                    **speed.columns("tokens_per_second"),
+                    **gain.columns("speedup"),
                     "acceptance_ratio": int(total[kernel.ACCEPTED]) / drafted if drafted else None,
                 }
             )
@@ -305,12 +306,3 @@ class League:
         low, high = np.quantile(np.log(drawn / value), _LEVELS)
         reach = np.hypot(of_prompts, max(-low, 0.0)), np.hypot(of_prompts, max(high, 0.0))
         return Interval(value, float(value * np.exp(-reach[0])), float(value * np.exp(reach[1])))
-
-
-def _columns(speed: Interval, gain: Interval) -> dict[str, float]:
-    """The six columns of a speed and a speed-up."""
-    return {
-        f"{name}{end}": value
-        for name, of in (("tokens_per_second", speed), ("speedup", gain))
-        for end, value in (("", of.value), ("_low", of.low), ("_high", of.high))
-    }

@@ -140,7 +140,14 @@ def _module(rule: Rule, simulator: ModuleType, njit: str, version: str) -> Modul
     identity = hashlib.sha256(
         "|".join((whole, *(Path(m.__file__).read_text() for m in (interface, kernel)), version, sys.version)).encode()
     ).hexdigest()[:16]
-    return _import(f"tracekit_{rule.name}_{identity}", whole)
+    try:
+        return _import(f"tracekit_{rule.name}_{identity}", whole)
+    except Exception as error:  # it has run before, in its own place
+        if isinstance(error, TracekitError):
+            raise
+        raise TracekitError(
+            f"{rule.path}: joined with the simulator, in another folder, it raises {type(error).__name__}: {error}"
+        ) from None
 
 
 def _functions(source: str) -> list[str]:
@@ -187,5 +194,9 @@ def _import(name: str, source: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module

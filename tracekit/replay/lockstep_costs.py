@@ -119,7 +119,7 @@ class _Steps:
             raise TracekitError(
                 f"{trace.path}: mixes runs with --kv-unified and without, whose steps of several slots cost differently"
             )
-        calibration = (trace.runs["mode"] == "calibration").all()
+        calibration = trace.is_calibration
         advice = f"calibrate with {n_slots} among --slots" if calibration else f"record with --parallel {n_slots}"
         or_cost = "" if calibration else f", or give --cost a calibration with {n_slots} among --slots"
         full = frame.filter((pl.col("n_slots") == n_slots) & (pl.col("n_prompt") == 0))
@@ -241,7 +241,7 @@ def _read(trace: TraceFile, n_slots: int) -> tuple[pl.DataFrame, pl.DataFrame]:
                   before AS (PARTITION BY s.run ORDER BY s.step ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING)
            ORDER BY s.run, s.step"""
     )
-    together = 1 if (trace.runs["mode"] == "calibration").all() else 2 * n_slots  # prompts of one block: a wave
+    together = 1 if trace.is_calibration else 2 * n_slots  # prompts of one block: a wave
     frame = frame.with_columns(
         block=pl.col("rank").backward_fill().over("run").forward_fill().over("run").cast(pl.Int64) // together,
         first=pl.col("run") != pl.col("run").shift(1, fill_value=-1),

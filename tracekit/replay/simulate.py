@@ -83,11 +83,16 @@ def check(policy: Policy, positions: Positions) -> None:
     """
     wanted = getattr(policy.params, "n_max", 0)
     if min(wanted, positions.most_room) > positions.n_max and _begins(policy, positions) > positions.n_max:
-        probe = "" if positions.mode == "probe" else "--mode probe "
-        raise TracekitError(
-            f"policy {policy}: n_max {wanted}, but the trace has drafts of up to {positions.n_max}; record "
-            f"with {probe}--n-max {wanted}"
-        )
+        raise beyond(policy, positions)
+
+
+def beyond(policy: Policy, positions: Positions) -> TracekitError:
+    """What to tell where ``policy`` asks for more drafts than were recorded."""
+    probe, most = "" if positions.mode == "probe" else "--mode probe ", positions.n_max
+    return TracekitError(
+        f"policy {policy}: asks for more drafts than the {most} that the trace has; record with {probe}--n-max "
+        f"{getattr(policy.params, 'n_max', 'as high as it asks')}, or have it ask for {most} at most"
+    )
 
 
 def _begins(policy: Policy, positions: Positions) -> int:

@@ -60,7 +60,7 @@ class Steps:
         """The steps of ``trace`` that tell the costs of up to ``n_max`` drafts. Raises :class:`TracekitError` where it
         has none, or no baseline.
         """
-        calibration = (trace.runs["mode"] == "calibration").all()
+        calibration = trace.is_calibration
         verb = "calibrate" if calibration else "record"
         if trace.runs["n_max"].max() < n_max:
             raise TracekitError(

@@ -12,9 +12,10 @@ from scipy.stats import beta
 
 from tracekit.replay.arrays import prompt_numbers
 from tracekit.replay.robust import reach_of_ratio
-from tracekit.report.surface import as_json, is_calibration, surface, surface_notes
+from tracekit.report.surface import as_json, surface, surface_notes
 from tracekit.trace.store import TraceFile
 
+TOTAL = "(all)"  # a category's name, where it is of all of them
 _LEAST_US = 100_000  # of generating, of which recording's share is told
 _ACCEPTANCE = {"category": pl.String, "position": pl.Int64, "n": pl.Int64} | dict.fromkeys(
     ("ratio", "low", "high"), pl.Float64
@@ -59,7 +60,7 @@ def summarise(trace: TraceFile) -> Summary:
     """The summary of ``trace``."""
     runs = trace.runs
     first = runs.row(0, named=True)
-    costs_only = is_calibration(trace)
+    costs_only = trace.is_calibration
     cut_off = runs["wall_us"].is_null().any()
     headline = (
         f"{trace.path}: {first['mode']} {'' if costs_only else 'trace '}of {first['model_desc']} "
@@ -78,7 +79,8 @@ def summarise(trace: TraceFile) -> Summary:
 
 
 def acceptance_by_position(trace: TraceFile) -> pl.DataFrame:
-    """``category, position, n, ratio, low, high``: how often draft ``position`` was right, given that it was tried.
+    """``category, position, n, ratio, low, high``: how often draft ``position`` was right, given that it was tried; of
+    category :data:`TOTAL`, and of each where there are several.
 
     In a probe every draft up to ``n_max`` is tried, whatever came before it; a draft counts as right where it and all
     before it were. Drafts beyond a text's end (an end token, a stop string, a cancelled request) are not counted:
@@ -96,7 +98,7 @@ def acceptance_by_position(trace: TraceFile) -> pl.DataFrame:
     numbered = requests.select("run", "request", prompt=pl.lit(pl.Series(numbers)))
     rows = rows.join(numbered, on=["run", "request"], maintain_order="left")
     found = []
-    groups = [("all", rows), *((k[0], g) for k, g in sorted(rows.group_by("category"), key=lambda kg: kg[0]))]
+    groups = [(TOTAL, rows), *((k[0], g) for k, g in sorted(rows.group_by("category"), key=lambda kg: kg[0]))]
     for category, group in groups if len(groups) > 2 else groups[:1]:
         for position in range(1, int(group["tried"].max() or 0) + 1):
             tried = group.filter(pl.col("tried") >= position)
@@ -196,7 +198,7 @@ def _notes(runs: pl.DataFrame, acceptance: pl.DataFrame) -> list[str]:
         )
     if runs["wall_us"].is_null().any():
         notes.append("a run was cut off: its last request is incomplete, everything else is there")
-    first = acceptance.filter((pl.col("category") == "all") & (pl.col("position") == 1))
+    first = acceptance.filter((pl.col("category") == TOTAL) & (pl.col("position") == 1))
     if first.height and first["ratio"][0] < BROKEN:
         notes.append(
             f"only {100 * first['ratio'][0]:.1f} % of first drafts were right: this drafter looks broken or "

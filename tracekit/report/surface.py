@@ -15,15 +15,9 @@ from tracekit.trace.store import TraceFile
 if TYPE_CHECKING:
     import altair as alt
 
-MODE = "calibration"
 TARGET, NO_MTP, LOADED, DRAFT, CATCHUP = "target", "no MTP", "off, MTP loaded", "draft step", "catch-up"
 _SHOWN = (0, 1, 2, 4, 8, 16, 32)
 _BEYOND = 3  # standard errors that make a step more than noise
-
-
-def is_calibration(trace: TraceFile) -> bool:
-    """Whether every run of ``trace`` is one."""
-    return (trace.runs["mode"] == MODE).all()
 
 
 def surface(trace: TraceFile) -> pl.DataFrame:
@@ -37,7 +31,7 @@ def surface(trace: TraceFile) -> pl.DataFrame:
     any: what a policy that stays at a draft length pays. ``rebuilt_us`` is the median of those of a new width,
     ``captured_us`` of those that were captured. Raises :class:`TracekitError` for other traces.
     """
-    if not is_calibration(trace):
+    if not trace.is_calibration:
         raise TracekitError(f"{trace.path}: not a calibration; `tracekit calibrate` writes one")
     cells = trace.frame(
         """WITH depth AS (SELECT run, step, min(n_prompt)::INT AS context,

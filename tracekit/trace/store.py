@@ -6,6 +6,7 @@ import json
 import time
 from dataclasses import dataclass
 from functools import cached_property
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,18 @@ class TraceFile:
         return self.frame("SELECT * FROM runs LEFT JOIN run_ends USING (run) ORDER BY run")
 
     @property
+    def is_calibration(self) -> bool:
+        """Whether all of it is a cost surface: what was drafted and accepted on its random prompts says nothing."""
+        return bool((self.runs["mode"] == "calibration").all())
+
+    @property
     def trace_id(self) -> str:
         """Identity of what was recorded: the trace ids of all runs."""
         return "+".join(self.runs["trace_id"])
 
 
 class NoRun(TracekitError):
-    """A trace in which nothing is: its recording stopped before its first commit."""
+    """A trace in which nothing is: its recording stopped before its first step."""
 
 
 def recorded_with(trace: TraceFile, priced: TraceFile) -> dict[str, Any]:
@@ -78,16 +84,17 @@ def open_trace(path: str | Path) -> TraceFile:
             versions = {row[0] for row in con.execute(query).fetchall()} if tables else set()
         except duckdb.Error as error:
             raise TracekitError(f"{path}: {_reason(error)}") from None
+    replaced = _replaced(trace.path)
     if not versions:
-        raise NoRun(
-            f"{path}: holds no run; the recording stopped before its first commit; record again{_replaced(trace.path)}"
-        )
+        raise NoRun(f"{path}: holds no run; the recording stopped before its first step; record again{replaced}")
     if versions != {schema.VERSION}:
         other = ", ".join(str(v) for v in sorted(versions - {schema.VERSION}))
         raise TracekitError(
             f"{path}: trace of schema version {other}, this tracekit reads {schema.VERSION}; record again, or "
             "use the tracekit that wrote it"
         )
+    if replaced and trace.frame("SELECT count(*) AS n FROM steps")["n"][0] == 0:
+        raise NoRun(f"{path}: holds no step; the recording stopped before its first; record again{replaced}")
     for settings in map(json.loads, trace.frame("SELECT DISTINCT settings FROM runs")["settings"]):
         if missing := [name for name in _NEEDED if not isinstance(settings, dict) or name not in settings]:
             raise TracekitError(f"{path}: damaged (the settings of a run have no {missing[0]})")
@@ -130,9 +137,12 @@ def _unreadable(path: Path, error: duckdb.Error) -> TracekitError:
 
 
 def _replaced(path: Path) -> str:
-    """Where the trace is that a recording should have replaced, and was killed before it did; empty for none."""
-    kept = replaced_of(path) if path.name else path
-    return f"; what it should have replaced is {kept}" if kept.is_file() else ""
+    """Where what a recording should have replaced is, which was killed before it did; empty for nothing."""
+    if not path.name:
+        return ""
+    first = replaced_of(path)
+    kept = sorted(first.parent.glob(f"{escape(first.stem)}*{escape(first.suffix)}"))
+    return f"; what it should have replaced is {' or '.join(map(str, kept))}" if kept else ""
 
 
 def _reason(error: duckdb.Error) -> str:

@@ -84,16 +84,10 @@ def tune(
             max_slowdown=max_slowdown,
             confidence=found.confidence,
             safe=found.policy == rule("off")() or bool(safe(league, [found.policy], max_slowdown, found.confidence)[0]),
-            tokens_per_second=round(speed.value, 3),
-            tokens_per_second_low=round(speed.low, 3),
-            tokens_per_second_high=round(speed.high, 3),
-            speedup=round(gain.value, 4),
-            speedup_low=round(gain.low, 4),
-            speedup_high=round(gain.high, 4),
+            **speed.columns("tokens_per_second", 3),
+            **gain.columns("speedup", 4),
             worst_category=worst,
-            worst_category_speedup=round(categories[worst].value, 4),
-            worst_category_speedup_low=_rounded(categories[worst].low),
-            worst_category_speedup_high=_rounded(categories[worst].high),
+            **categories[worst].columns("worst_category_speedup", 4),
             exact_fraction=round(exact, 4),
             alternatives=others,
         ),
@@ -136,12 +130,8 @@ def _alternatives(league: League, found: Search, max_slowdown: float) -> tuple[A
 def _alternative(label: str, speed: Interval, gain: Interval, is_safe: bool) -> Alternative:
     return Alternative(
         policy=label,
-        tokens_per_second=round(speed.value, 3),
-        tokens_per_second_low=round(speed.low, 3),
-        tokens_per_second_high=round(speed.high, 3),
-        speedup=round(gain.value, 4),
-        speedup_low=_rounded(gain.low),
-        speedup_high=_rounded(gain.high),
+        **speed.columns("tokens_per_second", 3),
+        **gain.columns("speedup", 4),
         safe=is_safe,
     )
 
@@ -187,10 +177,6 @@ def _doubt(categories: Mapping[str, Interval], max_slowdown: float) -> str:
         return ""
     slowed = f"{100 * (1 - least[category]):.0f} %"
     return f" That {_prompts(category)} are slowed by up to {slowed} is not excluded (95 %): more of them would tell."
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 4)
 
 
 def _span(of: Interval) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tracekit.errors import TracekitError
 from tracekit.policy.rule import Policy, Rule, rule, shipped
-from tracekit.policy.spec import expand, sweep
+from tracekit.policy.spec import MOST, expand, sweep
 
 
 def default_space(n_slots: int = 1) -> dict[str, dict[str, str]]:
@@ -98,6 +98,8 @@ def grid(space: Mapping[str, Mapping[str, str]], n_max: int, whole: bool = False
                 "has; lower its n_max, or record with a higher --n-max"
             )
         found |= dict.fromkeys(fit)
+        if len(found) > MOST:
+            raise TracekitError(f"the space has more than {MOST} policies, {name} among them; widen a step")
     return list(found)
 
 

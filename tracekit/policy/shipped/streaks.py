@@ -1,4 +1,4 @@
-"""One draft more after n_streak verifications in a row that accept all, one less after as many that do not.
+"""One draft more after n_streak verifications in a row that accept all, one less after as many that do not (0: as 1).
 
 Source: llama.cpp PR 25726 (open; --spec-draft-adaptive-length-threshold, which its author sets to 11, and
 --spec-draft-adaptive-length-bias: how many drafts may be missing from all). It begins with n_min and never stops

@@ -96,21 +96,22 @@ def test_every_switch_of_llama_cpp_is_told(monkeypatch):
 CUDA = """
 int cudaPeekAtLastError(void) { return %d; }
 const char *cudaGetErrorString(int code) { return code == 700 ? "an illegal memory access was encountered" : "?"; }
+int cublasGetProperty(int which, int *found) { *found = which == 0 ? 13 : 4 * which; return 0; }
 """
 
 
 @pytest.mark.parametrize(("code", "told"), [(700, "an illegal memory access was encountered"), (0, "")])
 def test_the_reason_of_a_cuda_error(tmp_path, monkeypatch, code, told):
-    """The CUDA runtime that llama.cpp is linked with is asked what was wrong; here one that is made up."""
+    """The CUDA runtime that llama.cpp is linked with is asked what was wrong, and cuBLAS which it is; here made up."""
     (tmp_path / "lib").mkdir()
     (tmp_path / "cuda.c").write_text(CUDA % code)
     cc = shutil.which("cc") or shutil.which("gcc") or "c++"
     library = tmp_path / "lib" / "libggml-cuda.so"
     subprocess.run([cc, "-shared", "-fPIC", "-o", library, tmp_path / "cuda.c"], check=True)
     monkeypatch.setattr(lib, "llama", SimpleNamespace(__file__=tmp_path / "llama_cpp.py"))
-    assert lib._cuda_error() == told
+    assert (lib._cuda_error(), lib.cublas_version()) == (told, "13.4.8")
     library.unlink()
-    assert lib._cuda_error() == ""
+    assert (lib._cuda_error(), lib.cublas_version()) == ("", None)
 
 
 _HANG = """

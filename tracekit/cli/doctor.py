@@ -60,6 +60,8 @@ def _print(facts: dict[str, Any]) -> None:
         print(f"heeded   {name} is {value!r}")
     if machine["cuda_graphs"] is not None:
         print(f"graphs   CUDA launches {'whole graphs' if machine['cuda_graphs'] else 'single kernels'}")
+    if machine["cublas"] is not None:
+        print(f"cuBLAS   {machine['cublas']}")
     print(f"machine  {machine['processor']}, {machine['cpus']} CPUs, Python {machine['python']}")
     for key, value in facts.get("model", {}).items():
         if key == "placement":

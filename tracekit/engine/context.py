@@ -10,6 +10,7 @@ import numpy as np
 from tracekit.engine import lib
 from tracekit.engine.lib import ext, llama
 from tracekit.engine.model import Model
+from tracekit.engine.settings import CACHE_TYPES, FLASH_ATTN, Settings
 from tracekit.errors import TracekitError
 
 
@@ -63,37 +64,24 @@ class Batch:
 
 
 class Context:
-    """One ``llama_context``. ``target`` makes it the MTP context that drafts for that one, with the same threads; close
-    it first.
+    """One ``llama_context`` under ``settings``. ``target`` makes it the MTP context that drafts for that one, with the
+    same threads; close it first.
 
-    ``n_ctx`` is tokens per sequence; ``n_sampled``: most rows of one sequence in a batch whose tokens a backend sampler
-    (:meth:`set_sampler`) chooses. ``n_snapshots``: tokens that a recurrent memory shall be able to go back; afterwards
-    what it can, 0 for memories that need none (attention) or keep none. Raises :class:`TracekitError` where llama.cpp
-    refuses the settings.
+    ``n_sampled``: most rows of one sequence in a batch whose tokens a backend sampler (:meth:`set_sampler`) chooses.
+    ``n_snapshots``: tokens that a recurrent memory shall be able to go back; afterwards what it can, 0 for memories
+    that need none (attention) or keep none. Raises :class:`TracekitError` where llama.cpp refuses the settings.
     """
 
     def __init__(
-        self,
-        model: Model,
-        n_seq: int,
-        n_ctx: int,
-        n_batch: int,
-        n_ubatch: int,
-        n_threads: int,
-        type_k: int,
-        type_v: int,
-        flash_attn: int,
-        kv_unified: bool = False,
-        target: Context | None = None,
-        n_sampled: int = 1,
-        n_snapshots: int = 0,
+        self, model: Model, settings: Settings, target: Context | None = None, n_sampled: int = 1, n_snapshots: int = 0
     ):
-        params = llama.llama_context_default_params()
-        params.n_ctx = -(-n_ctx // 256) * 256 * n_seq  # whole blocks, as llama.cpp allocates them
-        params.n_batch, params.n_ubatch, params.n_seq_max = n_batch, n_ubatch, n_seq
-        params.n_threads = params.n_threads_batch = n_threads
-        params.type_k, params.type_v, params.flash_attn_type = type_k, type_v, flash_attn
-        params.kv_unified = kv_unified
+        s, params = settings, llama.llama_context_default_params()
+        params.n_ctx = -(-s.n_ctx // 256) * 256 * s.n_slots  # whole blocks, as llama.cpp allocates them
+        params.n_batch, params.n_ubatch, params.n_seq_max = s.n_batch, s.n_ubatch, s.n_slots
+        params.n_threads = params.n_threads_batch = s.threads
+        params.type_k, params.type_v = CACHE_TYPES[s.cache_type_k], CACHE_TYPES[s.cache_type_v]
+        params.flash_attn_type = FLASH_ATTN[s.flash_attn]
+        params.kv_unified = s.kv_unified
         params.n_outputs_max_per_seq = n_sampled
         params.n_rs_seq = n_snapshots
         params.no_perf = True
@@ -102,18 +90,17 @@ class Context:
             params.ctx_other = target.handle
         self.handle = lib.made(llama.llama_init_from_model, llama.llama_free, model.handle, params)
         if not self.handle:
-            raise TracekitError(f"{model.path}: no context of {n_seq} x {n_ctx} tokens ({lib.reason()})")
+            raise TracekitError(f"{model.path}: no context of {s.n_slots} x {s.n_ctx} tokens ({lib.reason()})")
         self.drafts = target is not None
         self.n_snapshots = llama.llama_n_rs_seq(self.handle)
-        if self.n_snapshots and min(n_batch, n_ubatch) <= self.n_snapshots + 1:  # else llama.cpp aborts the process
+        if self.n_snapshots and min(s.n_batch, s.n_ubatch) <= self.n_snapshots + 1:  # else llama.cpp aborts the process
             llama.llama_free(self.handle)
             raise TracekitError(
                 f"{model.path}: its memory is recurrent: n_batch and n_ubatch must be more than n_max + 1, "
                 f"{self.n_snapshots + 1}"
             )
         self._memory = ctypes.cast(llama.llama_get_memory(self.handle), ctypes.c_void_p)
-        self.n_ctx = n_ctx
-        self.n_batch = n_batch
+        self.n_ctx, self.n_batch = s.n_ctx, s.n_batch
         self._n_embd, self.n_vocab = model.facts.n_embd, model.facts.n_vocab
         self._raw = ctypes.cast(self.handle, ctypes.c_void_p)
         self._waits = lib.has_gpu()  # processors have finished when llama_decode returns
@@ -121,7 +108,7 @@ class Context:
         self._views: dict[tuple[int, int, type], np.ndarray] = {}
         self._hidden_at = self._logits_at = 0  # addresses of the two views in use
         self._best: dict[int, Callable[[], int]] = {}  # the arg-max of the row at an address
-        self._threads = lib.ThreadPool(n_threads) if target is None else None
+        self._threads = lib.ThreadPool(s.threads) if target is None else None
         (self if target is None else target)._threads.attach(self._raw)
         self._samplers: dict[int, object] = {}  # chains that llama.cpp runs, by sequence; freed with the context
 

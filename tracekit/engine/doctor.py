@@ -12,7 +12,7 @@ from tracekit.engine.model import Model, check_drafter
 from tracekit.engine.placement import Placement
 from tracekit.engine.provenance import machine
 from tracekit.engine.rollback import PartialRollback
-from tracekit.engine.settings import CACHE_TYPES, Settings, physical_cores
+from tracekit.engine.settings import Settings
 from tracekit.errors import TracekitError
 
 _ROW_BY_ROW = (  # source: ggml/src/ggml-cpu/ops.cpp, ggml_compute_forward_flash_attn_ext_f16 (GGML_FA_TILE_Q)
@@ -87,8 +87,7 @@ def examine(path: str | Path, gpu_layers: int = -1, draft_model: str | Path | No
 
 
 def _context(model: Model, target: Context | None = None) -> Context:
-    f16 = CACHE_TYPES["f16"]
-    return Context(model, 1, 64, 32, 32, physical_cores(), f16, f16, -1, target=target, n_snapshots=0 if target else 2)
+    return Context(model, Settings(n_ctx=64, n_batch=32, n_ubatch=32), target, n_snapshots=0 if target else 2)
 
 
 def _memory_kind(context: Context) -> str:

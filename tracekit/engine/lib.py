@@ -155,16 +155,36 @@ def _on_abort(message: bytes) -> None:
     )
 
 
+def _cuda() -> ctypes.CDLL | None:
+    """llama.cpp's back end for CUDA, which is loaded already: names are looked up in what it is linked with, too."""
+    found = next(Path(llama.__file__).parent.glob("lib/*ggml-cuda*"), None)
+    try:
+        return ctypes.CDLL(str(found)) if found else None
+    except OSError:
+        return None
+
+
 def _cuda_error() -> str:
     """What the CUDA runtime that llama.cpp uses says of its last error; empty without either."""
     try:
-        found = next(Path(llama.__file__).parent.glob("lib/*ggml-cuda*"))
-        cuda = ctypes.CDLL(str(found))  # loaded already: names are looked up in what it is linked with, too
+        cuda = _cuda()
         cuda.cudaGetErrorString.restype = ctypes.c_char_p
         code = cuda.cudaPeekAtLastError()
         return cuda.cudaGetErrorString(code).decode() if code else ""
-    except (StopIteration, OSError, AttributeError):
+    except AttributeError:
         return ""
+
+
+def cublas_version() -> str | None:
+    """Version of the cuBLAS that llama.cpp multiplies with above a few rows, ``13.1.0``; None without CUDA."""
+    try:
+        ask = _cuda().cublasGetProperty
+    except AttributeError:
+        return None
+    numbers = [ctypes.c_int() for _ in ("major", "minor", "patch")]
+    for which, number in enumerate(numbers):
+        ask(which, ctypes.byref(number))
+    return ".".join(str(number.value) for number in numbers)
 
 
 llama.llama_log_set(_on_log, ctypes.c_void_p(0))

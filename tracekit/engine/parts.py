@@ -15,7 +15,7 @@ from tracekit.engine.model import Model, check_drafter
 from tracekit.engine.placement import Placement
 from tracekit.engine.rollback import PartialRollback
 from tracekit.engine.sampling import BackendSampling
-from tracekit.engine.settings import CACHE_TYPES, FLASH_ATTN, Settings
+from tracekit.engine.settings import Settings
 from tracekit.engine.watch import Watch
 
 log = logging.getLogger("tracekit.engine")
@@ -59,11 +59,8 @@ class Parts:
 
     def _context(self, model: Model, target: Context | None = None, n_snapshots: int = 0) -> Context:
         s = self.settings
-        kinds = CACHE_TYPES[s.cache_type_k], CACHE_TYPES[s.cache_type_v], FLASH_ATTN[s.flash_attn], s.kv_unified
         n_sampled = s.n_max + 1 if s.backend_sampling and target is None else 1
-        made = Context(
-            model, s.n_slots, s.n_ctx, s.n_batch, s.n_ubatch, s.threads, *kinds, target, n_sampled, n_snapshots
-        )
+        made = Context(model, s, target, n_sampled, n_snapshots)
         self._contexts.append(made)
         return made
 

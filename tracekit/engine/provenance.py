@@ -75,7 +75,8 @@ def device_name() -> str:
 
 def machine() -> dict[str, Any]:
     """Operating system, processor, cores, memory, Python and NVIDIA GPUs of this machine, whether CUDA launches whole
-    graphs (None without CUDA), and what ``environment`` holds of the variables that llama.cpp and its back ends heed.
+    graphs and which cuBLAS multiplies (None without CUDA), and what ``environment`` holds of the variables that
+    llama.cpp and its back ends heed.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
     return {
@@ -86,6 +87,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "gpus": gpus(),
         "cuda_graphs": lib.cuda_graphs(),
+        "cublas": lib.cublas_version(),
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_HEEDED)},
     }
 

@@ -35,7 +35,7 @@ CREATE TABLE runs (                      -- one row per recording session: where
                                          -- partial or snapshot, how the target forgets; probe: its seed; live: text
                                          -- and sha256 of a policy file of one's own
     machine JSON NOT NULL                -- operating system, processor, cores, Python; GPUs with driver, CUDA and
-                                         -- limits; cuda_graphs; placement: layers by device, buffers, flash attention
+                                         -- limits; cuda_graphs, cublas; placement: layers by device, buffers, ...
 );
 CREATE TABLE run_ends (                  -- absent for a run that was cut off
     run SMALLINT PRIMARY KEY,

@@ -86,8 +86,10 @@ def test_force_replaces_a_trace_only_when_there_is_something_to_replace_it(model
             engine.generate("class", max_tokens=9)
     assert (engine.recorder, list(tmp_path.iterdir()), path.read_bytes()) == (None, [path], old)
     with Engine(models["plain"], **forced) as engine:
-        engine.submit(Request("import", max_tokens=8))
-        engine.recorder._flush()  # a request that waits is not yet anything
+        monkeypatch.setattr(engine._target, "decode", _full)
+        with pytest.raises(OSError, match="disk full"):
+            engine.generate("import", max_tokens=8)
+        engine.recorder._flush()  # a request whose first decode never came back is not yet anything
         assert path.with_stem("t-replaced").read_bytes() == old
     assert (list(tmp_path.iterdir()), path.read_bytes()) == ([path], old)
     with Engine(models["plain"], **forced) as engine:

@@ -47,6 +47,17 @@ def test_no_draft_beyond_the_end_of_a_text_counts(stopped):
     assert told["ratio"].to_list() == pytest.approx([r / of for r, of in zip(right[1:], n[1:], strict=True)])
 
 
+def test_a_category_may_be_called_all(probe_traces, tmp_path):
+    """What is told of all categories together is not mixed with one of that name."""
+    path = tmp_path / "t.duckdb"
+    shutil.copy(probe_traces[0.0], path)
+    with duckdb.connect(str(path)) as db:
+        db.execute("UPDATE requests SET category = CASE WHEN category = 'code' THEN 'code' ELSE 'all' END")
+    told = acceptance_by_position(open_trace(path))
+    assert set(told["category"]) == {TOTAL, "all", "code"}
+    assert not told.select("category", "position").is_duplicated().any()
+
+
 def test_acceptance_of_a_repeated_prompt_is_no_surer(probe_traces, tmp_path):
     """The same requests in a second run: twice the drafts, the same ratios, the same intervals."""
     once, path = open_trace(probe_traces[0.8]), tmp_path / "twice.duckdb"

@@ -24,6 +24,7 @@ from tracekit.testing import random_positions
 from tracekit.trace.store import open_trace
 from tracekit.tune.evidence import _doubt, _why_off, tune
 from tracekit.tune.search import Search, _folds, held_out_counts, safe, search
+from tracekit.tune.space import grid
 
 from .test_replay import made_up_cost
 
@@ -189,6 +190,15 @@ def test_one_prompt_of_a_category_makes_nothing_safe():
     found = search(league, SPACE, 0.3, folds=2)
     assert (found.chosen, found.doubted[1:]) == (0, ("alone", np.inf))
     assert "a single alone prompt tells nothing" in _why_off(found, Interval(1.0, 1.0, 1.0))
+
+
+def test_a_space_is_limited_as_a_whole(monkeypatch):
+    """Not each of its tables: two of three policies are more than five with `off`."""
+    monkeypatch.setattr("tracekit.tune.space.MOST", 5)
+    tables = {"static": {"n_max": "1,2,3"}, "fallback": {"n_max": "1,2,3"}}
+    assert len(grid({"static": tables["static"]}, 8)) == 4
+    with pytest.raises(TracekitError, match="the space has more than 5 policies, fallback among them"):
+        grid(tables, 8)
 
 
 def test_a_policy_of_one_queue_is_not_tuned():

@@ -16,6 +16,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from tracekit.engine.context import Batch
 from tracekit.engine.drafter import Ask
 
 ARMS = {"as it is": {}, "GGML_CUDA_PDL=0": {"GGML_CUDA_PDL": "0"}, "no graphs": {"GGML_CUDA_DISABLE_GRAPHS": "1"}}
-LEAST, MOST = 17, 300  # rows
+LEAST = 17  # rows
 
 
 def main() -> None:
@@ -36,7 +37,7 @@ def main() -> None:
     parser.add_argument("--decodes", choices=DECODES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.decodes:
-        print(DECODES[args.decodes](args.model, args.seconds))
+        print(shapes(args.model, args.seconds, *DECODES[args.decodes]))
         return
     for whose in DECODES:
         for arm, variables in ARMS.items():
@@ -55,39 +56,37 @@ def main() -> None:
             print(f"{whose:8} {arm:16} {told}", flush=True)
 
 
-def drafter(model: str, seconds: float) -> int:
-    """Catch up prompts in the MTP context, every length twice in a row, as two arms of a recording do."""
+def shapes(model: str, seconds: float, twice: Callable[[Engine, int], None], most: int) -> int:
+    """Decode other numbers of rows, up to ``most``, for so long; returns how many came back."""
     rng, n, ends = random.Random(0), 0, time.monotonic() + seconds
     with Engine(model, None, Settings(n_max=1)) as engine:
-        of, hidden = engine._drafter, np.zeros((MOST, engine.model.facts.n_embd), np.float32)
         while time.monotonic() < ends:
-            rows = rng.randint(LEAST, MOST)
-            for _ in range(2):
-                of.forget(0)
-                of.extend(0, hidden, 0, rows)
-                of.catch_up(0, [1] * (rows + 1))
-                of.draft([Ask(0, [1] * (rows + 1), 1, 0.0)], probs=False)
+            twice(engine, rng.randint(LEAST, most))
             n += 1
     return n
 
 
-def target(model: str, seconds: float) -> int:
-    """Verify in the target, every number of rows twice in a row."""
-    rng, n, ends = random.Random(0), 0, time.monotonic() + seconds
-    with Engine(model, None, Settings(n_max=1)) as engine:
-        of, batch = engine._target, Batch(MOST)
-        while time.monotonic() < ends:
-            rows = rng.randint(LEAST, MOST // 4)
-            for k in range(2):
-                batch.n = 0
-                batch.extend([1] * rows, k * rows, 0, True)
-                of.decode(batch)
-            of.remove(0, 0)
-            n += 1
-    return n
+def caught_up(engine: Engine, rows: int) -> None:
+    """Catch up a prompt in the MTP context twice, as two arms of a recording do."""
+    drafter, hidden = engine._drafter, np.zeros((rows, engine.model.facts.n_embd), np.float32)
+    for _ in range(2):
+        drafter.forget(0)
+        drafter.extend(0, hidden, 0, rows)
+        drafter.catch_up(0, [1] * (rows + 1))
+        drafter.draft([Ask(0, [1] * (rows + 1), 1, 0.0)], probs=False)
 
 
-DECODES = {"drafter": drafter, "target": target}
+def verified(engine: Engine, rows: int) -> None:
+    """Decode as many rows in the target twice in a row, as steps of several slots do."""
+    batch = Batch(rows)
+    for k in range(2):
+        batch.n = 0
+        batch.extend([1] * rows, k * rows, 0, True)
+        engine._target.decode(batch)
+    engine._target.remove(0, 0)
+
+
+DECODES = {"drafter": (caught_up, 300), "target": (verified, 75)}  # and up to how many rows
 
 if __name__ == "__main__":
     main()

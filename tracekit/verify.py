@@ -143,7 +143,7 @@ def standard_arms(tuned: Policy | None, n_max: int) -> list[Arm]:
         Arm("fallback", rule("fallback")(n_max=n_max)),
     ]
     if tuned is not None:
-        arms.append(Arm("tuned", None if tuned == rule("off")() else tuned))
+        arms.append(Arm("tuned", None if tuned.is_off else tuned))
     return arms
 
 

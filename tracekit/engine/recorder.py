@@ -129,9 +129,9 @@ class Recorder:
         """Write the rest and close the file; the counts are a probe's (see the table ``run_ends``). A run that was
         ``cut_off`` has no end.
 
-        A recording without a step leaves no file behind, and one that should replace a trace and could
-        write nothing leaves that. Another that failed leaves its journal, to be folded when the trace is opened. In a
-        forked process nothing happens: the file is its parent's.
+        A recording without a step leaves no file behind, and one that should replace a trace and could write nothing
+        leaves that. Another that failed leaves its journal, to be folded when the trace is opened. In a forked process
+        nothing happens: the file is its parent's.
         """
         if os.getpid() != self._process:
             return

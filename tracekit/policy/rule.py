@@ -187,8 +187,9 @@ def shipped() -> list[Rule]:
     return [rule(name) for name in sorted(_names(), key=lambda n: (n not in ("off", "static"), n))]
 
 
-def _names() -> list[str]:
-    return sorted(path.stem for path in SHIPPED.glob("*.py") if path.stem != "__init__")
+@cache
+def _names() -> tuple[str, ...]:
+    return tuple(sorted(path.stem for path in SHIPPED.glob("*.py") if path.stem != "__init__"))
 
 
 def rule(name_or_path: str | Path) -> Rule:

@@ -142,9 +142,9 @@ def _module(rule: Rule, simulator: ModuleType, njit: str, version: str) -> Modul
     ).hexdigest()[:16]
     try:
         return _import(f"tracekit_{rule.name}_{identity}", whole)
+    except TracekitError:
+        raise
     except Exception as error:  # it has run before, in its own place
-        if isinstance(error, TracekitError):
-            raise
         raise TracekitError(
             f"{rule.path}: joined with the simulator, in another folder, it raises {type(error).__name__}: {error}"
         ) from None

@@ -82,18 +82,20 @@ def open_trace(path: str | Path) -> TraceFile:
         try:
             query = "SELECT DISTINCT schema_version FROM runs"
             versions = {row[0] for row in con.execute(query).fetchall()} if tables else set()
+            known = versions == {schema.VERSION}
+            empty = known and con.execute("SELECT step FROM steps LIMIT 1").fetchone() is None
         except duckdb.Error as error:
             raise TracekitError(f"{path}: {_reason(error)}") from None
-    replaced = _replaced(trace.path)
     if not versions:
+        replaced = _replaced(trace.path)
         raise NoRun(f"{path}: holds no run; the recording stopped before its first step; record again{replaced}")
-    if versions != {schema.VERSION}:
+    if not known:
         other = ", ".join(str(v) for v in sorted(versions - {schema.VERSION}))
         raise TracekitError(
             f"{path}: trace of schema version {other}, this tracekit reads {schema.VERSION}; record again, or "
             "use the tracekit that wrote it"
         )
-    if replaced and trace.frame("SELECT count(*) AS n FROM steps")["n"][0] == 0:
+    if empty and (replaced := _replaced(trace.path)):
         raise NoRun(f"{path}: holds no step; the recording stopped before its first; record again{replaced}")
     for settings in map(json.loads, trace.frame("SELECT DISTINCT settings FROM runs")["settings"]):
         if missing := [name for name in _NEEDED if not isinstance(settings, dict) or name not in settings]:
@@ -141,8 +143,9 @@ def _replaced(path: Path) -> str:
     if not path.name:
         return ""
     first = replaced_of(path)
-    kept = sorted(first.parent.glob(f"{escape(first.stem)}*{escape(first.suffix)}"))
-    return f"; what it should have replaced is {' or '.join(map(str, kept))}" if kept else ""
+    beside = sorted(first.parent.glob(f"{escape(first.stem)}*{escape(first.suffix)}"))
+    kept = " or ".join(str(file) for file in beside if file.is_file())
+    return f"; what it should have replaced is {kept}" if kept else ""
 
 
 def _reason(error: duckdb.Error) -> str:

@@ -83,7 +83,7 @@ def tune(
             seed=seed,
             max_slowdown=max_slowdown,
             confidence=found.confidence,
-            safe=found.policy == rule("off")() or bool(safe(league, [found.policy], max_slowdown, found.confidence)[0]),
+            safe=found.policy.is_off or bool(safe(league, [found.policy], max_slowdown, found.confidence)[0]),
             **speed.columns("tokens_per_second", 3),
             **gain.columns("speedup", 4),
             worst_category=worst,
@@ -189,7 +189,7 @@ def _advice(policy: Policy, gain: Interval, worst: str, worst_gain: Interval, ex
     n += f"{f' over {n_slots} slots' if n_slots > 1 else ''}, cross-validated"
     live = league.positions.mode == "live"
     but = f" But {league.warning}." if league.warning else ""
-    if policy == rule("off")():
+    if policy.is_off:
         return (
             f"Do not speculate with this model on prompts like these: no policy was safely faster than no MTP ({n})."
             + (" A live trace knows little but its own policy; --mode probe records what answers every one." * live)

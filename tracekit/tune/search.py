@@ -17,7 +17,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from tracekit.errors import TracekitError
-from tracekit.policy.rule import Policy, rule
+from tracekit.policy.rule import Policy
 from tracekit.replay.arrays import Positions
 from tracekit.replay.league import League
 from tracekit.tune.space import grid, neighbours
@@ -161,7 +161,7 @@ class _Times:
         for start in range(0, len(policies), chunk):
             some = policies[start : start + chunk]
             times = self._of_prompts(self._league.times(some))
-            times[[p == rule("off")() for p in some]] = no_mtp
+            times[[p.is_off for p in some]] = no_mtp
             self._sums = np.concatenate((self._sums, self._summed(times)))
             self._squares = np.concatenate((self._squares, self._summed(self._weights * times**2)))
             self._products = np.concatenate((self._products, self._summed(self._weights * times * no_mtp)))

@@ -9,11 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import duckdb
+import llama_cpp
 import numpy as np
+import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
+from scipy.stats import norm
+from scipy.stats import t as student
 
 import tracekit
 from tracekit.engine import Engine, Probe, lib
@@ -22,11 +26,11 @@ from tracekit.errors import TracekitError
 from tracekit.policy.spec import parse, parse_one
 from tracekit.replay import kernel, link, lockstep, lockstep_costs, simulate
 from tracekit.replay.arrays import positions
-from tracekit.replay.league import League
+from tracekit.replay.league import Interval, League
 from tracekit.replay.serving import Serving
 from tracekit.testing import random_positions
 from tracekit.trace.store import open_trace
-from tracekit.verify import _shares_us, verify
+from tracekit.verify import _Drawn, _shares_us, verify
 
 from . import hybrid
 from .conftest import N_MAX, POLICIES, requests
@@ -199,8 +203,35 @@ def test_steps_equal_the_live_engines(several, model, tmp_path):
         recorded = lockstep_costs.recorded_counts(open_trace(live), serving.sizes).sum(0)
         same = np.r_[lockstep.HOST : lockstep.N_COUNTS]
         if "resume" in text:  # a trace does not tell how many rows went ahead of a draft that did not fit
-            same = np.setdiff1d(same, [lockstep.AHEADS, lockstep.AHEAD_ROWS])
+            same = np.setdiff1d(same, [lockstep.AHEADS, lockstep.AHEAD_ROWS, lockstep.KV_AHEAD])
         assert np.allclose(walked[same], recorded[same]), (text, np.flatnonzero(~np.isclose(walked, recorded)))
+
+
+def test_drafting_reads_what_the_mtp_context_holds(several, model, tmp_path):
+    """What llama.cpp says the drafter's memory holds of the slots that generate, some of which have tripped and left
+    it, is what the trace's drafts are priced by.
+    """
+    chosen, path = several
+    lengths, held = ["fallback:n_max=6", "static:n_max=2", "off", "fallback:n_max=4,zero_trip=false,min_ratio=0.4"], {}
+    wanted = [replace(r, policy=lengths[i % 4]) for i, r in enumerate(requests(per_category=2))]
+    live = tmp_path / "live.duckdb"
+    with Engine(model, settings=chosen, trace=live) as engine:
+        loop, memory, draft = engine._loop, engine._drafter._context._memory, engine._drafter.draft
+
+        def watched(asks, probs):
+            draft(asks, probs)
+            slots = [slot.index for slot in loop.active if slot.generating]
+            held[loop._n_step] = sum(max(llama_cpp.llama_memory_seq_pos_max(memory, s), 0) for s in slots)
+
+        engine._drafter.draft = watched
+        list(engine.run(wanted))
+    frame, slots = lockstep_costs._read(open_trace(live), chosen.n_slots)
+    told = slots.group_by("step").agg(pl.col("held", "past").sum()).filter(pl.col("step").is_in(list(held)))
+    assert dict(told.select("step", "held").rows()) == held
+    assert (told["held"] < told["past"]).sum() > 20
+    counts = lockstep_costs.recorded_counts(open_trace(live), Serving.of(open_trace(path)).sizes)
+    cells = [kernel.n_kv(held.get(step, 0)) for step in frame["step"]]
+    assert (counts[:, lockstep.KV_DRAFT] == frame["n_draft_decodes"].to_numpy() * cells).all()
 
 
 def test_other_slots_than_recorded_are_to_be_recorded():
@@ -354,6 +385,24 @@ def test_costs_of_other_batches_are_a_warning(models, settings, several, tmp_pat
     assert "n_ubatch 32 and not 64" in League.of(open_trace(several[1]), open_trace(other)).warning
     with pytest.raises(TracekitError, match="n_ubatch 32 and not 64"):
         verify(models["plain"], [], requests(), chosen, times=open_trace(other))
+
+
+def test_what_is_served_together_shares_the_machines_moods():
+    """Three waves of eight, one repeat of each a tenth slower: a request's own spread averages out, a wave's does not,
+    and of so few Student's t says how far off they are. Arms share the draws, and what is not repeated has no interval.
+    """
+    slow = np.array([1.0, 1.1, 1.0])
+    times = 100.0 * np.tile(slow, (24, 1))
+    alone, waves = (_Drawn.of(times, together) for together in (np.arange(24), np.arange(24) // 8))
+    assert alone.us == waves.us == 2400
+    assert alone.wider == pytest.approx(1.5**0.5 * student.ppf(0.975, 48) / norm.ppf(0.975))
+    assert waves.wider == pytest.approx(1.5**0.5 * student.ppf(0.975, 6) / norm.ppf(0.975))
+    reach = [np.log(i.high / i.low) for i in (alone.speed(1), waves.speed(1))]
+    assert reach[1] > 1.5 * reach[0]
+    assert waves.speed(1).low < waves.speed(1).value == 1e6 / 2400
+    same = waves.speedup(_Drawn.of(2 * times, np.arange(24) // 8))
+    assert (same.low, same.value, same.high) == pytest.approx((2, 2, 2))
+    assert _Drawn.of(times[:, :1], np.arange(24)).speed(1) == Interval(1e6 / 2400, None, None)
 
 
 def test_verify_over_several_slots(models):

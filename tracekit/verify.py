@@ -32,6 +32,7 @@ from tracekit.trace.store import TraceFile, open_trace
 from tracekit.words import counted
 
 Progress = Callable[[int, int], None]
+N_DRAWS = 400  # of repeats, for intervals
 _SAME = Interval(1.0, 1.0, 1.0)  # no MTP against itself
 Runs = dict[tuple[int, int, int], tuple[Completion, float]]  # by arm, request and repeat; the time in microseconds
 
@@ -188,11 +189,12 @@ def verify(
             wave = wave_of(n_slots)
             for start in range(0, n, wave):
                 chosen = range(start, min(start + wave, n))
+                these = [requests[r] for r in chosen]
                 for repeat in range(repeats):
                     if repeat == repeats // 2:  # in the middle, for the machine drifts
-                        record(engine, [requests[r] for r in chosen], baseline=times is None, turn=start // wave)
+                        record(engine, these, baseline=times is None, turn=start // wave)
                     for a in rng.sample(range(len(arms)), len(arms)):
-                        done = _run(engine, [requests[r] for r in chosen], arms[a].policy, states[a, repeat])
+                        done = _run(engine, these, arms[a].policy, states[a, repeat])
                         times_us = [done[0].speculated_us] if n_slots == 1 else _shares_us(done)
                         runs |= {(a, r, repeat): run for r, *run in zip(chosen, done, times_us, strict=True)}
                         update(len(runs), repeats * n * len(arms))
@@ -205,7 +207,7 @@ def verify(
                 f"the probes of these prompts do not tell what things cost ({reason}); give more --prompts or "
                 "--max-tokens, or the times of a recorded trace with --cost"
             ) from None
-        return _judge(league, arms, requests, runs, repeats)
+        return _judge(league, arms, requests, runs, repeats, wave)
 
 
 def _run(engine: Engine, requests: Sequence[Request], policy: Policy | None, shared: dict) -> list[Completion]:
@@ -224,11 +226,13 @@ def _shares_us(done: Sequence[Completion]) -> np.ndarray:
     return (under_way * (np.diff(moments) / np.maximum(under_way.sum(0), 1))).sum(1)
 
 
-def _judge(league: League, arms: Sequence[Arm], requests: Sequence[Request], runs: Runs, repeats: int) -> Verdict:
+def _judge(
+    league: League, arms: Sequence[Arm], requests: Sequence[Request], runs: Runs, repeats: int, wave: int
+) -> Verdict:
     order = {prompt_id: i for i, prompt_id in enumerate(league.positions.prompt_ids)}
     known = [r for r, request in enumerate(requests) if request.prompt_id in order]
     places = np.array([order[requests[r].prompt_id] for r in known])
-    wanted = league.tokens[places]
+    wanted, together = league.tokens[places], np.array(known) // wave
     tokens = float(wanted.sum())
     rows, shares, draws, plain = [], [], [], None
     for a, arm in enumerate(arms):
@@ -238,9 +242,9 @@ def _judge(league: League, arms: Sequence[Arm], requests: Sequence[Request], run
         predicted, gain = league.speed_of_these(arm.policy), league.gain_of_these(arm.policy)
         steps = league.serving.rounds(arm.policy or rule("off")(), league.positions)
         whole = 1e6 * tokens / times.sum(0)
-        draws.append(_drawn_us(times))
-        speed = _measured(1e6 * tokens, draws[a], repeats)
-        speedup = _measured(draws[0], draws[a], repeats) if a else _SAME
+        draws.append(_Drawn.of(times, together))
+        speed = draws[a].speed(tokens)
+        speedup = draws[a].speedup(draws[0]) if a else _SAME
         rows.append(
             {
                 "arm": arm.name,
@@ -260,8 +264,8 @@ def _judge(league: League, arms: Sequence[Arm], requests: Sequence[Request], run
                 "n_requests": len(known),
             }
         )
-        drawn = {category: _drawn_us(times[member[places]]) for category, member in league.members.items()}
-        shares += _by_category(arm, league, drawn, plain, repeats)
+        drawn = {c: _Drawn.of(times[of[places]], together[of[places]]) for c, of in league.members.items()}
+        shares += _by_category(arm, league, drawn, plain)
         plain = plain or drawn
     frame = pl.DataFrame(rows, infer_schema_length=None).with_columns(
         error_ratio=pl.col("predicted") / pl.col("measured") - 1
@@ -272,16 +276,14 @@ def _judge(league: League, arms: Sequence[Arm], requests: Sequence[Request], run
     return Verdict(frame, categories, tau, repeats, int(tokens), league.warning)
 
 
-def _by_category(
-    arm: Arm, league: League, drawn: dict[str, np.ndarray], plain: dict[str, np.ndarray] | None, repeats: int
-) -> list[dict]:
+def _by_category(arm: Arm, league: League, drawn: dict[str, _Drawn], plain: dict[str, _Drawn] | None) -> list[dict]:
     """One row per prompt category: predicted speed-up, and measured by the times ``drawn`` in each, without MTP
     ``plain`` (None: these are).
     """
     predicted = {} if arm.policy is None else dict(league.by_category(arm.policy).select("category", "speedup").rows())
     rows = []
     for category, member in league.members.items():
-        measured = _measured(plain[category], drawn[category], repeats) if plain else _SAME
+        measured = drawn[category].speedup(plain[category]) if plain else _SAME
         rows.append(
             {
                 "arm": arm.name,
@@ -294,24 +296,38 @@ def _by_category(
     return rows
 
 
-def _drawn_us(times: np.ndarray) -> np.ndarray:
-    """Time of all requests, each its median over the repeats, then with repeats drawn again for every request, the same
-    ones of every arm: float64 ``[1 + 400]``, ``[1]`` of a single repeat, microseconds; ``times`` float64
-    ``[n_requests, n_repeats]``.
+@dataclass(frozen=True)
+class _Drawn:
+    """What some requests took, float64 microseconds: ``us``, each its median over the repeats, and ``drawn_us``
+    ``[n_draws]`` with repeats drawn again for all that were served together, the same ones of every arm; none where
+    nothing was repeated. ``wider``: how much wider than these a time really spreads.
     """
-    rng = np.random.default_rng(0)
-    n, k = times.shape
-    draws = range(400 if k > 1 else 0)
-    drawn = [np.median(times[np.arange(n)[:, None], rng.integers(0, k, (n, k))], 1).sum() for _ in draws]
-    return np.array([np.median(times, 1).sum(), *drawn])
 
+    us: float
+    drawn_us: np.ndarray
+    wider: float
 
-def _measured(parts: float | np.ndarray, wholes: np.ndarray, repeats: int) -> Interval:
-    """The ratio of what was measured, first in arrays, and its 95 % interval by the draws that follow; None where
-    nothing was repeated.
-    """
-    value, *drawn = parts / wholes
-    if repeats < 2:
-        return Interval(float(value), None, None)
-    low, high = np.quantile(widened(np.array(drawn), value, too_narrow(repeats)), (0.025, 0.975))
-    return Interval(float(value), min(float(low), float(value)), max(float(high), float(value)))
+    @classmethod
+    def of(cls, times: np.ndarray, together: np.ndarray) -> _Drawn:
+        """Of ``times``, float64 ``[n_requests, n_repeats]``; ``together``: which of them were served at once, int
+        ``[n_requests]``, and shared the machine and its moods.
+        """
+        rng, (n, k) = np.random.default_rng(0), times.shape
+        names, wave = np.unique(together, return_inverse=True)
+        picks = (rng.integers(0, k, (len(names), k))[wave] for _ in range(N_DRAWS if k > 1 else 0))
+        drawn = np.array([np.median(times[np.arange(n)[:, None], pick], 1).sum() for pick in picks])
+        return cls(float(np.median(times, 1).sum()), drawn, too_narrow(k, len(names)))
+
+    def speed(self, tokens: float) -> Interval:
+        """``tokens`` per second."""
+        return self._interval(1e6 * tokens / self.us, 1e6 * tokens / self.drawn_us)
+
+    def speedup(self, plain: _Drawn) -> Interval:
+        """Against what the same requests took otherwise."""
+        return self._interval(plain.us / self.us, plain.drawn_us / self.drawn_us)
+
+    def _interval(self, value: float, drawn: np.ndarray) -> Interval:
+        if not len(drawn):
+            return Interval(value, None, None)
+        low, high = np.quantile(widened(drawn, value, self.wider), (0.025, 0.975))
+        return Interval(value, min(float(low), value), max(float(high), value))

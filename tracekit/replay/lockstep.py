@@ -1,9 +1,8 @@
 """The simulator for several slots: requests queue for them, and every step is one target decode for all.
 
 As in :mod:`tracekit.replay.kernel`, another policy's source takes the place of the line that imports it, and a walk
-counts. A step's counts are divided evenly among the requests in it: a request's time is its share of the machine, and
-shares add up to the run. The order of work is the engine's (:mod:`tracekit.engine.loop`), whose steps do not depend on
-time: the same requests in the same queue make the same steps.
+counts. A step's counts are divided evenly among its requests: a request's time is its share of the machine, and shares
+add up to the run. The order of work is the engine's (:mod:`tracekit.engine.loop`), whose steps do not depend on time.
 
 Counts of one request, float64 ``[N_COUNTS]``: first some of the kernel's own scalars (its steps, drafts, tokens,
 trips), then its share of the parts of steps named below, then how much of each stretch between :data:`KNOTS` the rows
@@ -45,10 +44,11 @@ DRAFT_OUTPUTS = HOST + 25
 DRAFT_PROBS = HOST + 26  # of these outputs, with the draft's probability measured
 DRAFT_RESHAPES = HOST + 27
 DRAFT_CAPTURES = HOST + 28
-KV_DRAFT = HOST + 29
+KV_DRAFT = HOST + 29  # cells of the MTP context's memory, which slots that never draft again have left
 AHEADS = HOST + 30  # prompts caught up as they were read
 AHEAD_ROWS = HOST + 31
-ROWS = HOST + 32  # stretches of target rows
+KV_AHEAD = HOST + 32  # cells times the rows that read them
+ROWS = HOST + 33  # stretches of target rows
 KNOTS = np.array([*range(1, 8), *range(8, 17, 2), 17, *range(20, 32, 4), *range(32, 65, 8), 80, 96, 128, 160, 192, 256])
 N_KNOTS = len(KNOTS)
 DRAFT_ROWS = ROWS + N_KNOTS  # stretches of MTP rows
@@ -164,12 +164,12 @@ def book_target(counts, rows, past, n_prompt, n_read, n_ubatch, unified, tail, m
     return before
 
 
-def book_drafts(counts, decodes, probed, n_rows, n_tokens, before):
+def book_drafts(counts, decodes, probed, n_rows, n_held, before):
     """The drafter's part of one step; returns the rows of its last decode, and whether the one before had others;
     ``before``: the same of the last decode of an earlier step.
 
     ``decodes`` int64 ``[n_slots]``: how many each slot took part in; ``probed``: whether it measured probabilities;
-    ``n_rows``: of the first of them, caught up rows included; ``n_tokens``: in memory, over the slots that generate.
+    ``n_rows``: of the first of them, caught up rows included; ``n_held``: tokens in memory, over slots that generate.
     """
     most = decodes.max()
     if most == 0:
@@ -188,18 +188,19 @@ def book_drafts(counts, decodes, probed, n_rows, n_tokens, before):
         new = size != before[0]
         counts[DRAFT_RESHAPES] += new
         counts[DRAFT_CAPTURES] += before[1] and not new
-        counts[KV_DRAFT] += n_kv(n_tokens)
+        counts[KV_DRAFT] += n_kv(n_held)
         stretch(counts, DRAFT_ROWS, size)
         before = size, new
     return before
 
 
-def book_ahead(counts, rows, finished):
-    """``rows`` caught up ahead of a draft, mostly prompts' as they were read, because the policy drafts right after
-    them; ``finished``: prompts that this step read to their end. Returns what :func:`book_drafts` does.
+def book_ahead(counts, rows, finished, n_held):
+    """``rows`` caught up ahead of a draft, mostly prompts' as they were read, by a policy that drafts right after;
+    ``finished``: prompts read to their end; ``n_held``: tokens in memory. Returns what :func:`book_drafts` does.
     """
     counts[AHEADS] += max(1, finished)
     counts[AHEAD_ROWS] += rows
+    counts[KV_AHEAD] += n_kv(n_held + rows) * rows
     return rows, True
 
 
@@ -235,8 +236,7 @@ def run_queue(params, is_shared, sizes, arrays, counts, rounds):
 
     ``sizes``: slots, most rows of a batch, most of a pass, whether the slots share one memory, rows that it keeps
     together (:func:`book_target`), and requests of a wave: a wave waits for the one before to end. ``rounds`` int16
-    ``[n_positions, 2]`` gets ``(drafted, accepted)`` of every step of each request from its first position on, or is
-    empty.
+    ``[n_positions, 2]``, or empty, gets ``(drafted, accepted)`` of every step of each request from its first position.
     """
     n_slots, n_batch, n_ubatch, unified, tail, wave = sizes
     first, n_generated, n_prompt, max_tokens, n_ctx, match, known, probs = arrays
@@ -248,6 +248,7 @@ def run_queue(params, is_shared, sizes, arrays, counts, rounds):
     generated, past, behind = np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64)
     asked, drafted, accepted = np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64)
     decodes, rows, chunk = np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64)
+    held = np.zeros(n_slots, np.int64)  # tokens in the MTP context's memory
     over, ahead, probed = np.zeros(n_slots, np.bool_), np.zeros(n_slots, np.bool_), np.zeros(n_slots, np.bool_)
     of_step = np.zeros(N_COUNTS)
     shape = draft_rows = NOTHING
@@ -261,14 +262,14 @@ def run_queue(params, is_shared, sizes, arrays, counts, rounds):
             if request[s] == FREE and waiting < admitted:
                 r = request[s] = waiting
                 waiting += 1
-                generated[s] = past[s] = asked[s] = 0
+                generated[s] = past[s] = asked[s] = held[s] = 0
                 behind[s] = 1  # the row before the first position
                 states[s] = common if is_shared else begin(params)
                 wish, p_min = decide(params, states[s], Now(1, n_prompt[r], max_tokens[r] - 1, 1))
                 over[s], ahead[s] = wish < 0, wish > 0
             n_occupied += request[s] != FREE
             n_active += request[s] != FREE and generated[s] > 0
-        n_rows, n_tokens, mtp = 0, 0, False
+        n_rows, n_held, mtp = 0, 0, False
         for s in range(n_slots):  # decide and draft
             rows[s] = decodes[s] = drafted[s] = accepted[s] = 0
             r = request[s]
@@ -277,12 +278,10 @@ def run_queue(params, is_shared, sizes, arrays, counts, rounds):
             if generated[s] == 0:
                 mtp |= not over[s]
                 continue
-            n_tokens += past[s]
             wish, p_min = 0, 0.0
             position = first[r] + generated[s] - 1
             if not over[s]:
-                if is_shared:
-                    states[s] = common
+                states[s] = common if is_shared else states[s]
                 nows[s] = Now(generated[s], past[s], max_tokens[r] - generated[s], n_active)
                 wish, p_min = decide(params, states[s], nows[s])
                 over[s], wish = wish < 0, max(wish, 0)
@@ -297,12 +296,14 @@ def run_queue(params, is_shared, sizes, arrays, counts, rounds):
                 counts[r, INEXACT] += blind or drafted[s] > known[position]
                 n_rows += behind[s]
                 behind[s] = 0
+                held[s] = past[s]
+            n_held += held[s] * (not over[s])
             rows[s] = 1 + drafted[s]
         if n_rows > n_batch:  # too much for one batch: all but the last row of each slot goes ahead
             drafters = np.sum(decodes > 0)
-            book_ahead(of_step, n_rows - drafters, drafters)
+            book_ahead(of_step, n_rows - drafters, drafters, n_held)
             n_rows = drafters
-        draft_rows = book_drafts(of_step, decodes, probed, n_rows, n_tokens, draft_rows)
+        draft_rows = book_drafts(of_step, decodes, probed, n_rows, n_held, draft_rows)
         free_rows = n_batch - rows.sum()
         n_read = prompt_rows = 0
         for s in range(n_slots):  # what of the prompts fits beside the slots that generate
@@ -322,6 +323,7 @@ def run_queue(params, is_shared, sizes, arrays, counts, rounds):
                 if ahead[s]:
                     ahead_rows += behind[s] - 1
                     behind[s] = 1
+                    held[s] = past[s]
                 generated[s] = past[s] == n_prompt[r]
                 finished += generated[s]
                 continue
@@ -330,15 +332,12 @@ def run_queue(params, is_shared, sizes, arrays, counts, rounds):
             emitted = min(accepted[s] + 1, n_generated[r] - generated[s])
             n_emitted += emitted
             if not over[s]:
-                if is_shared:
-                    states[s] = common
+                states[s] = common if is_shared else states[s]
                 seen = Outcome(asked[s], drafted[s], accepted[s], emitted)
                 states[s] = learn(params, states[s], nows[s], seen)
-                if is_shared:
-                    common = states[s]
+                common = states[s] if is_shared else common
             if len(rounds):
-                at = first[r] + int(counts[r, STEPS])
-                rounds[at, 0], rounds[at, 1] = drafted[s], accepted[s]
+                rounds[first[r] + int(counts[r, STEPS])] = drafted[s], accepted[s]
             counts[r, STEPS] += 1
             counts[r, VERIFICATIONS] += drafted[s] > 0
             counts[r, DRAFTED] += drafted[s]
@@ -348,7 +347,7 @@ def run_queue(params, is_shared, sizes, arrays, counts, rounds):
             past[s] += emitted
             behind[s] += emitted
         if ahead_rows > 0:
-            draft_rows = book_ahead(of_step, ahead_rows, finished)
+            draft_rows = book_ahead(of_step, ahead_rows, finished, n_held + n_read)
         book_host(of_step, n_active, n_emitted, mtp)
         for s in range(n_slots):
             r = request[s]
@@ -370,31 +369,32 @@ def walk_all(rows, shared, sizes, arrays, out, rounds):
         run_queue(params_of(rows[k]), shared[k], sizes, arrays, out[k], rounds)
 
 
-def book_steps(starts, slots, n_past, prompts, drafts, sizes, counts):
+def book_steps(starts, slots, prompts, drafts, sizes, counts):
     """A recorded run's steps, counted as the walk counts them: ``counts`` float64 ``[n_steps, N_COUNTS]`` (zeroed).
 
     Step ``i`` has the rows ``starts[i]`` to ``starts[i + 1]`` of ``slots``, int64: slot, target rows, tokens in memory,
-    MTP decodes, whether probabilities were measured, tokens emitted. ``prompts`` int64 ``[n_steps, 4]``: rows of
-    prompts, rows read before, rows caught up while they were read, and prompts finished. ``drafts`` int64 ``[n_steps,
-    4]``: rows of the first MTP decode, whether hidden states were extracted, whether the step is a run's first, and
-    whether MTP was loaded: without, a recurrent memory takes no snapshots.
+    MTP decodes, whether probabilities were measured, tokens emitted, tokens in the MTP context's memory. ``prompts``
+    int64 ``[n_steps, 4]``: rows of prompts, rows read before, rows caught up meanwhile, prompts finished. ``drafts``
+    int64 ``[n_steps, 4]``: rows of the first MTP decode, whether hidden states were extracted, whether the step is a
+    run's first, and whether MTP was loaded: without, a recurrent memory takes no snapshots.
     """
     n_slots, _, n_ubatch, unified, tail, _ = sizes
     shape = draft_rows = NOTHING
     for i in range(len(counts)):
         of_step = counts[i]
         rows, past, decodes = np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64)
-        probed, emitted = np.zeros(n_slots, np.bool_), 0
+        probed, emitted, n_held = np.zeros(n_slots, np.bool_), 0, 0
         for j in range(starts[i], starts[i + 1]):
             s = slots[j, 0]
             rows[s], past[s], decodes[s], probed[s] = slots[j, 1], slots[j, 2], slots[j, 3], slots[j, 4] > 0
             emitted += slots[j, 5]
+            n_held += slots[j, 6]
         if drafts[i, 2]:
             shape = draft_rows = NOTHING
         mtp = drafts[i, 1] > 0
-        draft_rows = book_drafts(of_step, decodes, probed, drafts[i, 0], n_past[i], draft_rows)
+        draft_rows = book_drafts(of_step, decodes, probed, drafts[i, 0], n_held, draft_rows)
         kept = tail if drafts[i, 3] else min(tail, 0)
         shape = book_target(of_step, rows, past, prompts[i, 0], prompts[i, 1], n_ubatch, unified, kept, mtp, shape)
         if prompts[i, 2] > 0:
-            draft_rows = book_ahead(of_step, prompts[i, 2], prompts[i, 3])
+            draft_rows = book_ahead(of_step, prompts[i, 2], prompts[i, 3], n_held + prompts[i, 1])
         book_host(of_step, starts[i + 1] - starts[i], emitted, mtp)

@@ -37,7 +37,7 @@ _DRAFT_ROWS = np.arange(lockstep.DRAFT_ROWS, lockstep.N_COUNTS)
 _PARTS = {  # what was measured, and the counts it is made of
     "target": np.r_[lockstep.BATCHES : lockstep.DRAFT_FIRSTS, _ROWS],
     "draft": np.r_[lockstep.DRAFT_FIRSTS : lockstep.AHEADS, _DRAFT_ROWS],
-    "catchup": np.array([lockstep.AHEADS, lockstep.AHEAD_ROWS]),
+    "catchup": np.array([lockstep.AHEADS, lockstep.AHEAD_ROWS, lockstep.KV_AHEAD]),
     "host": np.arange(lockstep.HOST, lockstep.BATCHES),
 }
 
@@ -216,9 +216,13 @@ class _Steps:
 def _read(trace: TraceFile, n_slots: int) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Steps in order, and the generating slots of each; steps whose slots are not all known are left out."""
     slots = trace.frame(
-        """SELECT run, step, slot, n_drafted + 1 AS rows, n_prompt + n_generated - 1 AS past, n_decodes,
-                  len(draft_probs) > 0 AS probed, len(tokens)::INT AS emitted
-           FROM verifications JOIN requests USING (run, request) WHERE n_generated > 0 ORDER BY run, step, slot"""
+        """SELECT run, step, slot, n_drafted + 1 AS rows, n_prompt + v.n_generated - 1 AS past, n_decodes,
+                  len(draft_probs) > 0 AS probed, len(tokens)::INT AS emitted,
+                  last_value(CASE WHEN n_decodes > 0 THEN past END IGNORE NULLS) OVER (served ORDER BY step) AS drafted,
+                  CASE WHEN step > max(CASE WHEN n_asked > 0 THEN step ELSE -1 END) OVER served THEN 0
+                       ELSE coalesce(drafted, CASE WHEN catchup_us > 0 THEN n_prompt ELSE 0 END) END AS held
+           FROM verifications v JOIN requests USING (run, request) LEFT JOIN request_ends USING (run, request)
+           WHERE v.n_generated > 0 WINDOW served AS (PARTITION BY run, request) ORDER BY run, step, slot"""
     )
     frame = trace.frame(
         """WITH prompts AS (SELECT *, CASE WHEN prompt_id = '' THEN request END AS own FROM requests),
@@ -260,8 +264,7 @@ def _counts(frame: pl.DataFrame, slots: pl.DataFrame, sizes: Sizes) -> np.ndarra
     counts = np.zeros((frame.height, lockstep.N_COUNTS))
     link.compiled_module(rule("off"), lockstep).book_steps(
         np.concatenate(([0], np.cumsum(frame["n_slots"].to_numpy().astype(np.int64)))),
-        whole(slots, "slot", "rows", "past", "n_decodes", "probed", "emitted"),
-        whole(frame, "n_past")[:, 0],
+        whole(slots, "slot", "rows", "past", "n_decodes", "probed", "emitted", "held"),
         whole(frame, "n_prompt", "n_read", "n_ahead", "n_started"),
         whole(frame, "n_catchup", "mtp", "first", "loaded"),
         (most, *sizes[1:]),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.linalg import solve_triangular
 from scipy.optimize import isotonic_regression, nnls
-from scipy.special import stdtrit
+from scipy.special import ndtri, stdtrit
 from scipy.stats import theilslopes
 
 LEAST = 5  # measurements that make a cell
@@ -15,7 +15,7 @@ _MOST = 5  # times the median of its like: whatever took longer did other things
 _TAIL = 0.5  # of a median: as far from it an ordinary slow step may be, where others share the machine
 _PAIRED = 500  # values whose pairs a line goes by, of more every so-many-th
 _ITERATIONS = 100  # per price: SciPy's default of a few is an error where prices trade places
-_LEAST_DRAWN = 1e-3  # of an estimate, in a draw of it
+_FURTHEST = 1e3  # times an estimate, in a draw of it: hardly anything is known then
 _PIECES = 10  # of a stretch of time that is the only one
 
 
@@ -92,18 +92,25 @@ def trend(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return theilslopes(y[few], x[few]).slope * (x - np.median(x))
 
 
-def too_narrow(n: int) -> float:
-    """How many times wider an estimate from ``n`` independent parts spreads than bootstrap draws of it: drawing from
-    few parts has a variance too small by ``(n - 1) / n``. With one part it has none.
+def too_narrow(n: int, groups: int = 1) -> float:
+    """How many times wider an estimate from ``n`` independent parts of each of ``groups`` spreads than bootstrap draws
+    of it tell: their variance is too small by ``(n - 1) / n``, and how far 95 % of estimates from few parts are off is
+    Student's t to say, not the normal distribution. One part has no spread at all.
+
+    Source: the expanded percentile interval of Hesterberg, What Teachers Should Know about the Bootstrap, arXiv
+    1411.5279.
     """
-    return float(np.sqrt(n / max(1, n - 1)))
+    if n < 2:
+        return 1.0
+    return float(np.sqrt(n / (n - 1)) * stdtrit(groups * (n - 1), 0.975) / ndtri(0.975))
 
 
 def widened(draws: np.ndarray, centre: float, by: float) -> np.ndarray:
     """``draws`` of something positive spread ``by`` times as wide around ``centre``: in logarithms, so that none is
-    negative.
+    negative, and none further off than :data:`_FURTHEST` times.
     """
-    return centre * np.maximum(draws / centre, _LEAST_DRAWN) ** by
+    ratio = np.maximum(draws / centre, 1 / _FURTHEST) ** by
+    return centre * np.clip(ratio, 1 / _FURTHEST, _FURTHEST)
 
 
 def reach_of_ratio(parts: np.ndarray, wholes: np.ndarray) -> float:

@@ -767,7 +767,7 @@ MISTAKES = [
     (["demo", "-o", "d", "--type", "f8"], "--type f8: one of"),
     (["demo", "-o", "d", "--threads", "-1"], "--threads -1: 0 or more"),
     (["verify", "{model}", "static:n_max=2", "--also", "static:n_max=20"], "policy static:n_max=20: n_max 20 is more"),
-    (["tune", "{trace}", "-o", "{folder}.toml", "--force"], "is no file; choose another name"),
+    (["tune", "{trace}", "-o", "{folder}.toml", "--force"], "is no policy file; choose another name"),
     (["doctor", "{folder}.toml"], "a folder; give a GGUF file in it"),
     (["model", "inspect", "{folder}.toml"], "a folder; give a GGUF file in it"),
     (["tune", "{trace}", "--force"], "--force needs -o"),

@@ -30,7 +30,7 @@ from tracekit.replay.league import Interval, League
 from tracekit.replay.serving import Serving
 from tracekit.testing import random_positions
 from tracekit.trace.store import open_trace
-from tracekit.verify import _Drawn, _shares_us, verify
+from tracekit.verify import Arm, _Drawn, _judge, _shares_us, verify
 
 from . import hybrid
 from .conftest import N_MAX, POLICIES, requests
@@ -403,6 +403,32 @@ def test_what_is_served_together_shares_the_machines_moods():
     same = waves.speedup(_Drawn.of(2 * times, np.arange(24) // 8))
     assert (same.low, same.value, same.high) == pytest.approx((2, 2, 2))
     assert _Drawn.of(times[:, :1], np.arange(24)).speed(1) == Interval(1e6 / 2400, None, None)
+
+
+def test_waves_are_probed_as_often_as_they_are_run(models, settings, monkeypatch):
+    """Of several slots there are few waves, each probed in every repeat, and every time a stretch of its own; on one
+    slot every prompt is probed once.
+    """
+    turns, blocks = [], []
+
+    def counted(*of, turn, **more):
+        turns.append(turn)
+        return record(*of, turn=turn, **more)
+
+    def judged(league, *of):
+        blocks.append(league.cost.n_blocks)
+        return _judge(league, *of)
+
+    monkeypatch.setattr("tracekit.verify.record", counted)
+    monkeypatch.setattr("tracekit.verify._judge", judged)
+    arms = [Arm("no MTP", None), Arm("two", parse_one("static:n_max=2"))]
+    wanted = [replace(r, max_tokens=60) for r in requests(per_category=1)]
+    for n_slots, n in ((1, len(wanted)), (2, 2 * -(-len(wanted) // 4))):
+        turns.clear()
+        verdict = verify(models["plain"], arms, wanted, replace(settings, n_slots=n_slots), repeats=2)
+        assert turns == list(range(n))
+        assert blocks.pop() == n
+        assert verdict.arms["equal_requests"][0] == len(wanted)
 
 
 def test_verify_over_several_slots(models):

@@ -4,15 +4,31 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TextIO
+
+from tracekit.errors import TracekitError
 
 try:
     import fcntl
 except ImportError:  # not on Windows, where nobody can delete what another has open
     fcntl = None
+
+
+def check_new(path: Path, force: bool, others: Iterable[Path | None] = ()) -> None:
+    """Raise :class:`TracekitError` where there is no place for a file ``path``, where it would replace one without
+    ``force``, or ever one of ``others``, which the same command reads or writes.
+    """
+    if not path.absolute().parent.is_dir():
+        raise TracekitError(f"{path}: {path.parent} is no folder; make it first")
+    if path.exists() and not path.is_file():
+        raise TracekitError(f"{path}: exists, and is no file; choose another name")
+    if any(other is not None and path.resolve() == other.resolve() for other in others):
+        raise TracekitError(f"{path}: this command has another use for that file; choose another name")
+    if path.exists() and not force:
+        raise TracekitError(f"{path}: exists; choose another name or give --force")
 
 
 def partial_of(path: Path) -> Path:

@@ -2,7 +2,8 @@
 
 Every prompt is probed amid live runs of it under every arm, in random order and several times over: a machine that
 drifts drifts for prediction and measurement alike. Replaying the probes predicts each arm's steps and its speed.
-Over several slots it is a wave of prompts that is probed and run at once.
+Over several slots it is a wave of prompts that is probed and run at once; of these there are few, so each is probed as
+often as it is run.
 """
 
 from __future__ import annotations
@@ -186,13 +187,14 @@ def verify(
             update = recorder.demanding(progress or (lambda done, total: None))
             for request in requests:
                 engine.prepare(request)
-            wave = wave_of(n_slots)
+            wave, n_recorded = wave_of(n_slots), 0
             for start in range(0, n, wave):
                 chosen = range(start, min(start + wave, n))
                 these = [requests[r] for r in chosen]
                 for repeat in range(repeats):
-                    if repeat == repeats // 2:  # in the middle, for the machine drifts
-                        record(engine, these, baseline=times is None, turn=start // wave)
+                    if n_slots > 1 or repeat == repeats // 2:  # in the middle, for the machine drifts
+                        record(engine, these, baseline=times is None, turn=n_recorded)
+                        n_recorded += 1
                     for a in rng.sample(range(len(arms)), len(arms)):
                         done = _run(engine, these, arms[a].policy, states[a, repeat])
                         times_us = [done[0].speculated_us] if n_slots == 1 else _shares_us(done)

@@ -37,7 +37,7 @@ def calibrate(
     from tracekit.errors import TracekitError
     from tracekit.report import pictures
 
-    pictures.check_new(plot, force, (model, engine_options.draft_model, output))
+    pictures.check(plot, force, (model, engine_options.draft_model, output))
     n_slots, depths = _numbers("--slots", slots), _numbers("--contexts", contexts)
 
     from tracekit.engine import Engine, Sampling

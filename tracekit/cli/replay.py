@@ -46,7 +46,7 @@ def replay(
 
     if force and plot is None:
         raise TracekitError("--force needs --plot, the file that it overwrites")
-    pictures.check_new(plot, force, (trace, cost))
+    pictures.check(plot, force, (trace, cost))
     policies = [p for text in policy or [] for p in parse(text)]
     source = open_trace(trace)
     with out.progress("fitting costs") as update:

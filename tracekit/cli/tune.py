@@ -51,7 +51,9 @@ def tune(
     json: options.Json = False,
 ) -> None:
     """Search policies on a trace and write the best safe one, judged on requests it was not chosen on."""
+    from tracekit import beside
     from tracekit.errors import TracekitError
+    from tracekit.policy import file
     from tracekit.policy.llama_cpp import server_advice, server_options
     from tracekit.replay.league import League
     from tracekit.report import tables
@@ -60,7 +62,8 @@ def tune(
     from tracekit.tune.space import read_space
 
     if output is not None:
-        _check(output, force, (trace, cost, space))
+        file.check(output)  # now, and not when the search is done
+        beside.check_new(output, force, (trace, cost, space))
     elif force:
         raise TracekitError("--force needs -o, the file that it overwrites")
     wanted = None if space is None else read_space(space)
@@ -82,18 +85,3 @@ def tune(
         print("\n".join(filter(None, (found.evidence.advice, server_advice(found.policy)))))
     if output is not None:
         out.wrote(output)
-
-
-def _check(output: Path, force: bool, inputs: tuple[Path | None, ...]) -> None:
-    from tracekit.errors import TracekitError
-    from tracekit.policy.file import check
-
-    if not output.absolute().parent.is_dir():
-        raise TracekitError(f"{output}: {output.parent} is no folder; make it first")
-    if output.exists() and not output.is_file():
-        raise TracekitError(f"{output}: exists, and is no file; choose another name")
-    check(output)  # now, and not when the search is done
-    if output.exists() and not force:
-        raise TracekitError(f"{output}: exists; choose another name or give --force")
-    if any(path is not None and output.resolve() == path.resolve() for path in inputs):
-        raise TracekitError(f"{output}: is what it would be made from; choose another name")

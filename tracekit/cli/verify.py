@@ -57,7 +57,7 @@ def verify(
         raise TracekitError(f"--repeats {repeats}: 1 or more")
     if force and plot is None:
         raise TracekitError("--force needs --plot, the file that it overwrites")
-    pictures.check_new(plot, force, (model, engine_options.draft_model, policy_file, Path(prompts), cost))
+    pictures.check(plot, force, (model, engine_options.draft_model, policy_file, Path(prompts), cost))
     if engine_options.n_max < 1:
         raise TracekitError(f"--n-max {engine_options.n_max}: 1 or more; verify compares drafting")
     text = str(policy_file)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tracekit import beside
 from tracekit.errors import TracekitError
 from tracekit.model import expand, weights
 from tracekit.model.weights import Weights
@@ -33,10 +34,7 @@ def build(
     :class:`TracekitError`.
     """
     out = Path(out)
-    if out.exists() and not out.is_file():
-        raise TracekitError(f"{out}: exists, and is no file; choose another name")
-    if out.exists() and not force:
-        raise TracekitError(f"{out}: exists; choose another name or give --force")
+    beside.check_new(out, force)
     if out.exists() and _head(out) not in (b"", b"GGUF"):
         raise TracekitError(f"{out}: no GGUF file; --force replaces models only, choose another name")
     model = grown(layers, width, dtype, seed, source)

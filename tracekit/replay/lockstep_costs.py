@@ -96,8 +96,8 @@ def recorded_counts(trace: TraceFile, sizes: Sizes) -> np.ndarray:
 @dataclass(frozen=True)
 class _Steps:
     """The recorded steps: their counts (float64 ``[n, N_COUNTS]``), the block each belongs to (consecutive requests of
-    the same prompts: close together in time; ``n_blocks`` in truth), and what was measured (float64 ``[n]``,
-    microseconds).
+    the same prompts, up to their probe: close together in time; ``n_blocks`` in truth), and what was measured (float64
+    ``[n]``, microseconds).
 
     ``alike``: for each count the one whose price is its own, and which counts for both.
     """
@@ -229,16 +229,20 @@ def _read(trace: TraceFile, n_slots: int) -> tuple[pl.DataFrame, pl.DataFrame]:
                firsts AS (SELECT run, prompt_id, own, min(request) AS first FROM prompts GROUP BY ALL),
                ranks AS (SELECT *, row_number() OVER (PARTITION BY run ORDER BY first) - 1 AS rank FROM firsts),
                of_request AS (
-                   SELECT p.run, request, arm, rank, n_prompt FROM prompts p JOIN ranks r
+                   SELECT p.run, request, arm, rank, n_prompt,
+                          count(*) FILTER (arm = 'probe') OVER (
+                              PARTITION BY p.run, rank ORDER BY request ROWS UNBOUNDED PRECEDING EXCLUDE CURRENT ROW
+                          ) AS turn
+                   FROM prompts p JOIN ranks r
                    ON p.run = r.run AND p.prompt_id = r.prompt_id AND p.own IS NOT DISTINCT FROM r.own),
                started AS (
                    SELECT run, step, count(*) AS n, sum(n_prompt) AS read
                    FROM verifications JOIN of_request USING (run, request) WHERE n_generated = 0 GROUP BY ALL),
                served AS (
-                   SELECT run, step, min(rank) AS rank, bool_or(arm <> 'no_mtp') AS loaded,
+                   SELECT run, step, min(rank) AS rank, min(turn) AS turn, bool_or(arm <> 'no_mtp') AS loaded,
                           count(*) FILTER (n_generated > 0) AS known
                    FROM verifications JOIN of_request USING (run, request) GROUP BY ALL)
-           SELECT s.*, coalesce(started.n, 0) AS n_started, served.rank, loaded, coalesce(served.known, 0) AS known,
+           SELECT s.*, coalesce(started.n, 0) AS n_started, rank, turn, loaded, coalesce(known, 0) AS known,
                   sum(s.n_prompt) OVER so_far - s.n_prompt - coalesce(sum(started.read) OVER before, 0) AS n_read
            FROM steps s LEFT JOIN started USING (run, step) LEFT JOIN served USING (run, step)
            WINDOW so_far AS (PARTITION BY s.run ORDER BY s.step ROWS UNBOUNDED PRECEDING),
@@ -247,11 +251,12 @@ def _read(trace: TraceFile, n_slots: int) -> tuple[pl.DataFrame, pl.DataFrame]:
     )
     together = 1 if trace.is_calibration else 2 * n_slots  # prompts of one block: a wave
     frame = frame.with_columns(
-        block=pl.col("rank").backward_fill().over("run").forward_fill().over("run").cast(pl.Int64) // together,
+        pl.col("rank", "turn").backward_fill().over("run").forward_fill().over("run").cast(pl.Int64),
         first=pl.col("run") != pl.col("run").shift(1, fill_value=-1),
         loaded=pl.col("loaded").backward_fill().over("run").forward_fill().over("run").fill_null(True),
     ).filter(pl.col("known") == pl.col("n_slots"))
-    frame = frame.with_columns(block=pl.struct("run", "block").rle_id().cast(pl.Int64))
+    block = pl.struct("run", pl.col("rank") // together, "turn").rle_id().cast(pl.Int64)
+    frame = frame.with_columns(block=block)
     return frame, slots.join(frame.select("run", "step"), on=["run", "step"], how="semi", maintain_order="left")
 
 

@@ -22,27 +22,15 @@ _FORMATS = (".png", ".svg", ".html")
 _BLUE, _GREY, _RED, _GREEN = "#2f6f9f", "#9aa5b1", "#c0504d", "#4f9d69"
 
 
-def check(path: Path | None) -> None:
-    """Raise :class:`TracekitError` where a picture could not be saved under this name."""
-    if path is not None and path.suffix not in _FORMATS:
-        raise TracekitError(f"{path}: a picture ends in {', '.join(_FORMATS)}")
-    if path is not None and not path.absolute().parent.is_dir():
-        raise TracekitError(f"{path}: {path.parent} is no folder; make it first")
-    if path is not None and path.exists() and not path.is_file():
-        raise TracekitError(f"{path}: exists, and is no file; choose another name")
-
-
-def check_new(path: Path | None, force: bool, others: Iterable[Path | None]) -> None:
-    """As :func:`check`, before there is a picture: also where it would replace a file without ``force``, or ever one of
-    ``others``, which the same command reads or writes.
+def check(path: Path | None, force: bool = True, others: Iterable[Path | None] = ()) -> None:
+    """Raise :class:`TracekitError` where a picture could not be saved under this name, or should not:
+    :func:`tracekit.beside.check_new`.
     """
-    check(path)
     if path is None:
         return
-    if any(other is not None and path.resolve() == other.resolve() for other in others):
-        raise TracekitError(f"{path}: this command has another use for that file; choose another name for the picture")
-    if path.exists() and not force:
-        raise TracekitError(f"{path}: exists; choose another name or give --force")
+    if path.suffix not in _FORMATS:
+        raise TracekitError(f"{path}: a picture ends in {', '.join(_FORMATS)}")
+    beside.check_new(path, force, others)
 
 
 def save(chart: alt.TopLevelMixin, path: str | Path) -> Path:

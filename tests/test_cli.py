@@ -745,7 +745,7 @@ MISTAKES = [
     (["calibrate", "{model}", "-o", "x.duckdb", "--plot", "{picture}"], "exists; choose another name or give --force"),
     (["verify", "{model}", "static", "--plot", "no/such/folder/v.png"], "is no folder"),
     (["model", "build", "-o", "x.gguf", "--layers", "8", "--seed", "-1"], "--seed -1: 0 or more"),
-    (["model", "build", "-o", "no/such/folder/x.gguf"], "choose another place"),
+    (["model", "build", "-o", "no/such/folder/x.gguf"], "is no folder; make it first"),
     (["doctor", "--gpu-layers", "-7"], "-1 or more"),
     (["verify", "{model}", "missing.toml"], "no such policy file"),
     (["model", "build", "-o", "x.gguf", "--width", "300"], "exact only for"),

@@ -7,8 +7,27 @@ from pathlib import Path
 import pytest
 
 from tracekit import beside
+from tracekit.errors import TracekitError
 from tracekit.model.build import build
 from tracekit.report import pictures
+
+
+def test_a_file_that_should_not_be_written_is_refused(tmp_path):
+    """Without a folder for it, where something else lies, over what the command reads, over any file unasked."""
+    here, link, folder = tmp_path / "here", tmp_path / "link", tmp_path / "folder"
+    here.write_text("mine")
+    folder.mkdir()
+    link.symlink_to(here)
+    for path, force, others, says in (
+        (tmp_path / "no" / "x", True, (), "is no folder; make it first"),
+        (folder, True, (), "exists, and is no file"),
+        (link, True, (None, here), "this command has another use for that file"),
+        (here, False, (), "exists; choose another name or give --force"),
+    ):
+        with pytest.raises(TracekitError, match=f"^{path}: .*{says}"):
+            beside.check_new(path, force, others)
+    beside.check_new(here, True, (None, folder))
+    beside.check_new(tmp_path / "new", False)
 
 
 def test_text_that_is_written_twice_at_once_is_there_whole(tmp_path):

@@ -33,7 +33,7 @@ from tracekit.trace.store import TraceFile, open_trace
 from tracekit.words import counted
 
 Progress = Callable[[int, int], None]
-N_DRAWS = 400  # of repeats, for intervals
+_N_DRAWS = 400  # of repeats, for intervals
 _SAME = Interval(1.0, 1.0, 1.0)  # no MTP against itself
 Runs = dict[tuple[int, int, int], tuple[Completion, float]]  # by arm, request and repeat; the time in microseconds
 
@@ -316,7 +316,7 @@ class _Drawn:
         """
         rng, (n, k) = np.random.default_rng(0), times.shape
         names, wave = np.unique(together, return_inverse=True)
-        picks = (rng.integers(0, k, (len(names), k))[wave] for _ in range(N_DRAWS if k > 1 else 0))
+        picks = (rng.integers(0, k, (len(names), k))[wave] for _ in range(_N_DRAWS if k > 1 else 0))
         drawn = np.array([np.median(times[np.arange(n)[:, None], pick], 1).sum() for pick in picks])
         return cls(float(np.median(times, 1).sum()), drawn, too_narrow(k, len(names)))
 

@@ -148,8 +148,8 @@ def test_few_blocks_are_drawn_wider():
 
 
 def test_intervals_of_few_blocks_hold_the_mean():
-    """Of 400 means of three measurements each, drawn like prices, 95 % intervals hold the truth in about 95 %; without
-    Student's t they would in some 70 %.
+    """Of 400 means of three measurements each, drawn like prices, 95 % intervals hold the truth in 93 %; without
+    Student's t they would in 77 %.
     """
     rng, held, before = np.random.default_rng(0), 0, 0
     for blocks in np.exp(rng.normal(0, 0.05, (400, 3))):

@@ -405,9 +405,9 @@ def test_what_is_served_together_shares_the_machines_moods():
     assert _Drawn.of(times[:, :1], np.arange(24)).speed(1) == Interval(1e6 / 2400, None, None)
 
 
-def test_waves_are_probed_as_often_as_they_are_run(models, settings, monkeypatch):
+def test_waves_are_probed_as_often_as_they_are_run(models, settings, monkeypatch, tmp_path):
     """Of several slots there are few waves, each probed in every repeat, and every time a stretch of its own; on one
-    slot every prompt is probed once.
+    slot every prompt is probed once, as are waves whose times are another trace's.
     """
     turns, blocks = [], []
 
@@ -429,6 +429,13 @@ def test_waves_are_probed_as_often_as_they_are_run(models, settings, monkeypatch
         assert turns == list(range(n))
         assert blocks.pop() == n
         assert verdict.arms["equal_requests"][0] == len(wanted)
+    turns.clear()
+    times = tmp_path / "times.duckdb"
+    chosen = replace(settings, n_slots=2)
+    with Engine(models["plain"], settings=chosen, trace=times, probe=Probe(N_MAX, seed=1)) as engine:
+        record(engine, wanted, baseline=True)
+    verify(models["plain"], arms, wanted, chosen, times=open_trace(times), repeats=2)
+    assert turns == list(range(-(-len(wanted) // 4)))
 
 
 def test_verify_over_several_slots(models):

@@ -187,12 +187,12 @@ def verify(
             update = recorder.demanding(progress or (lambda done, total: None))
             for request in requests:
                 engine.prepare(request)
-            wave, n_recorded = wave_of(n_slots), 0
+            wave, n_recorded, every = wave_of(n_slots), 0, n_slots > 1 and times is None
             for start in range(0, n, wave):
                 chosen = range(start, min(start + wave, n))
                 these = [requests[r] for r in chosen]
                 for repeat in range(repeats):
-                    if n_slots > 1 or repeat == repeats // 2:  # in the middle, for the machine drifts
+                    if every or repeat == repeats // 2:  # in the middle, for the machine drifts
                         record(engine, these, baseline=times is None, turn=n_recorded)
                         n_recorded += 1
                     for a in rng.sample(range(len(arms)), len(arms)):

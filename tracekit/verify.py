@@ -209,7 +209,7 @@ def verify(
                 f"the probes of these prompts do not tell what things cost ({reason}); give more --prompts or "
                 "--max-tokens, or the times of a recorded trace with --cost"
             ) from None
-        return _judge(league, arms, requests, runs, repeats, wave)
+        return _judge(league, arms, requests, runs, repeats)
 
 
 def _run(engine: Engine, requests: Sequence[Request], policy: Policy | None, shared: dict) -> list[Completion]:
@@ -228,13 +228,11 @@ def _shares_us(done: Sequence[Completion]) -> np.ndarray:
     return (under_way * (np.diff(moments) / np.maximum(under_way.sum(0), 1))).sum(1)
 
 
-def _judge(
-    league: League, arms: Sequence[Arm], requests: Sequence[Request], runs: Runs, repeats: int, wave: int
-) -> Verdict:
+def _judge(league: League, arms: Sequence[Arm], requests: Sequence[Request], runs: Runs, repeats: int) -> Verdict:
     order = {prompt_id: i for i, prompt_id in enumerate(league.positions.prompt_ids)}
     known = [r for r, request in enumerate(requests) if request.prompt_id in order]
     places = np.array([order[requests[r].prompt_id] for r in known])
-    wanted, together = league.tokens[places], np.array(known) // wave
+    wanted, together = league.tokens[places], np.array(known) // wave_of(league.serving.n_slots)
     tokens = float(wanted.sum())
     rows, shares, draws, plain = [], [], [], None
     for a, arm in enumerate(arms):

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and that replace nothing unasked."""
 
 from __future__ import annotations
 

@@ -62,8 +62,8 @@ def tune(
     from tracekit.tune.space import read_space
 
     if output is not None:
-        file.check(output)  # now, and not when the search is done
-        beside.check_new(output, force, (trace, cost, space))
+        beside.check_new(output, force, (trace, cost, space))  # now, and not when the search is done
+        file.check(output)
     elif force:
         raise TracekitError("--force needs -o, the file that it overwrites")
     wanted = None if space is None else read_space(space)
